@@ -1,0 +1,3 @@
+from medseg_diff.cli import main
+
+main()
