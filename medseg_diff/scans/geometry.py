@@ -1,0 +1,70 @@
+"""Affines that a scan may have, and the NIfTI header for one."""
+
+import itertools
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from jaxtyping import Float
+
+from medseg_diff.errors import UserError
+
+VOXEL_LIMIT = 2**30  # 1024^3: 4 GiB as float32
+SPACING_RANGE_MM = (0.02, 50.0)
+
+
+def spacing_of(affine: Float[np.ndarray, "4 4"]) -> tuple[float, float, float]:
+    """Voxel size along each array axis, in the affine's unit."""
+    x, y, z = (float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
+    return x, y, z
+
+
+def check_geometry(path: Path, affine: Float[np.ndarray, "4 4"], shape: tuple[int, ...]) -> list[str]:
+    """Warnings about a scan's affine (in mm) and shape; UserError where no mask could be laid on such a grid."""
+    if np.prod(shape, dtype=float) > VOXEL_LIMIT:
+        size = " x ".join(map(str, shape))
+        raise UserError(path, f"it claims {size} voxels, more than the {VOXEL_LIMIT} that are read", "Crop the scan.")
+    if not np.isfinite(affine).all():
+        raise UserError(path, "its affine holds NaN or infinite numbers", "Export the scan again with its geometry.")
+    spacing = np.array(spacing_of(affine))
+    low, high = SPACING_RANGE_MM
+    if (spacing < low).any() or (spacing > high).any():
+        text = " x ".join(f"{s:g}" for s in spacing)
+        raise UserError(
+            path,
+            f"its voxels measure {text} mm; from {low:g} to {high:g} mm is read",
+            "Correct the spacing, or its unit, in the header.",
+        )
+    directions = affine[:3, :3] / spacing
+    if abs(np.linalg.det(directions)) < 1e-3:
+        raise UserError(
+            path, "its affine is singular: two axes point the same way", "Correct the affine in the header."
+        )
+    if abs(directions.T @ directions - np.eye(3)).max() > 1e-3:
+        return [
+            "the axes are not at right angles (sheared affine); the mask is made on a straight grid and brought back"
+        ]
+    return []
+
+
+def largest_shift(a: Float[np.ndarray, "4 4"], b: Float[np.ndarray, "4 4"], shape: tuple[int, ...]) -> float:
+    """How far apart two affines place the same corner of a volume, at most."""
+    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in shape))])
+    return float(np.linalg.norm((corners @ (a - b).T)[:, :3], axis=1).max())
+
+
+def header_for(affine: Float[np.ndarray, "4 4"], shape: tuple[int, ...]) -> nib.Nifti1Header:
+    """A header in mm with the affine in sform and qform, both of code 1 (scanner)."""
+    header = nib.Nifti1Header() if max(shape) < 2**15 else nib.Nifti2Header()
+    header.set_data_shape(shape)
+    header.set_sform(affine, code=1)
+    header.set_qform(affine, code=1)
+    header.set_xyzt_units("mm")
+    return header
+
+
+def ras_spacing(affine: Float[np.ndarray, "4 4"]) -> tuple[float, float, float]:
+    """Voxel size along right, anterior and superior, whatever the order of the array's axes."""
+    axes = nib.io_orientation(affine)[:, 0].astype(int)
+    x, y, z = np.array(spacing_of(affine))[np.argsort(axes)]
+    return float(x), float(y), float(z)

@@ -1,0 +1,88 @@
+"""NRRD, MHA and PNG through SimpleITK, after the checks that it leaves out."""
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import SimpleITK as sitk
+
+from medseg_diff.errors import UserError
+from medseg_diff.scans.geometry import check_geometry
+from medseg_diff.scans.payload import COPY_AGAIN, Payload
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+HEADER_LIMIT = 1 << 20
+
+
+def read_itk(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Values "channels x y z" in the file's own type, affine in mm, warnings."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        reader.ReadImageInformation()
+        sizes, components = reader.GetSize(), reader.GetNumberOfComponents()
+        x, y, z = (*sizes[:3], 1)[:3]
+        if "complex" in sitk.GetPixelIDValueAsString(reader.GetPixelIDValue()):
+            raise UserError(path, "its voxels are complex", "Convert it to integer or float32 gray values.")
+        frames = components * int(np.prod(sizes[3:], dtype=object))
+        if frames != channels:
+            advice = "Give one gray value a voxel." if channels == 1 else "Give every channel, in the model's order."
+            raise UserError(path, f"it holds {frames} values a voxel where {channels} are read", advice)
+        affine = _affine(reader)
+        warnings = check_geometry(path, affine, (x, y, z, frames))
+        if path.suffix.lower() == ".png":
+            warnings.append("a PNG has no voxel size: 1 mm is assumed")
+        else:
+            _check_container(path, x * y * z * frames * _bytes_a_value(reader.GetPixelIDValue()))
+        values = sitk.GetArrayFromImage(reader.Execute())  # t z y x, components last
+    except RuntimeError as error:
+        raise UserError(path, "it is damaged, or not of the kind its name says", COPY_AGAIN) from error
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(True)
+    if components > 1:
+        values = np.moveaxis(values, -1, 0)
+    return values.reshape(frames, z, y, x).transpose(0, 3, 2, 1), affine, warnings
+
+
+def _affine(reader: sitk.ImageFileReader) -> np.ndarray:
+    """RAS affine of the first three axes."""
+    n, used = reader.GetDimension(), min(reader.GetDimension(), 3)
+    direction = np.array(reader.GetDirection()).reshape(n, n)[:used, :used]
+    affine = np.eye(4)
+    affine[:used, :used] = direction * np.array(reader.GetSpacing())[:used]
+    affine[:used, 3] = np.array(reader.GetOrigin())[:used]
+    return LPS_TO_RAS @ affine
+
+
+def _bytes_a_value(pixel_id: int) -> int:
+    return sitk.Image([1, 1], pixel_id).GetSizeOfPixelComponent()
+
+
+def _check_container(path: Path, size: int) -> None:
+    """Voxels must lie in the file or in one beside it; compressed ones must inflate, undamaged, to `size` bytes.
+
+    SimpleITK reads an MHA with a flipped byte in its compressed part without a word, and follows any path in a header.
+    """
+    with path.open("rb") as file:
+        fields = _text_header(file, "=" if path.suffix.lower() != ".nrrd" else ":")
+        name = next((fields[key] for key in ("elementdatafile", "data file", "datafile") if key in fields), "LOCAL")
+        beside = path.parent / name
+        if name != "LOCAL" and (Path(name).name != name or beside.is_symlink() or not beside.is_file()):
+            raise UserError(path, "its voxels are in a file that is not beside it", "Save the scan as one file.")
+        if fields.get("compresseddata", "").lower() == "true" or fields.get("encoding", "") in ("gz", "gzip"):
+            with file if name == "LOCAL" else beside.open("rb") as data:
+                found = Payload(path, data, compressed=True).rest(size)
+            if found != size:
+                raise UserError(path, f"its voxels do not fill the {size} bytes that its header promises", COPY_AGAIN)
+
+
+def _text_header(file: BinaryIO, separator: str) -> dict[str, str]:
+    """The fields above the voxels of an MHA or NRRD file, which is left where the voxels begin."""
+    fields: dict[str, str] = {}
+    while line := file.readline(HEADER_LIMIT).decode("latin-1").strip():
+        key, _, value = line.partition(separator)
+        fields[key.strip().lower()] = value.strip()
+        if "elementdatafile" in fields or file.tell() > HEADER_LIMIT:
+            break
+    return fields

@@ -1,0 +1,155 @@
+"""Scans and label maps from files of many kinds, refused with a reason wherever the result could be silently wrong."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int
+
+from medseg_diff.errors import UserError
+from medseg_diff.scans.dicom import is_dicom, read_dicom
+from medseg_diff.scans.geometry import header_for, spacing_of
+from medseg_diff.scans.itk import read_itk
+from medseg_diff.scans.nifti import Header, read_nifti
+
+KINDS = {
+    ".nii.gz": "nifti", ".nii": "nifti", ".nrrd": "nrrd", ".mha": "mha", ".mhd": "mha", ".png": "png", ".zip": "dicom",
+}  # fmt: skip
+LARGEST_VALUE = 1e12  # the squares of a volume of these still sum in float32
+
+
+@dataclass(frozen=True)
+class Scan:
+    """An image on its grid.
+
+    Attributes:
+        path: the file or folder it came from.
+        name: the stem of everything written about it.
+        array: finite values.
+        affine: voxel index to RAS world, in mm.
+        header: the template for files on the same grid; in the file's own unit where that is not mm.
+        kind: nifti, nrrd, mha, png or dicom.
+        warnings: sentences about what had to be assumed or mended.
+
+    """
+
+    path: Path
+    name: str
+    array: Float32[np.ndarray, "channels x y z"]
+    affine: Float64[np.ndarray, "4 4"]
+    header: Header
+    kind: str
+    warnings: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along x, y, z."""
+        x, y, z = self.array.shape[1:]
+        return x, y, z
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along x, y, z."""
+        return spacing_of(self.affine)
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel."""
+        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+
+def read_scan(path: str | Path, channels: int = 1) -> Scan:
+    """Reads a NIfTI, NRRD, MHA or PNG file, a DICOM series folder or a zip of one; UserError if it cannot be trusted."""
+    path = Path(path)
+    values, affine, header, kind, warnings = _read(path, channels)
+    array = _finite_float32(path, values, warnings)
+    if any(channel.min() == channel.max() for channel in array):
+        warnings.append(f"every voxel has the same value, {array.flat[0]:g}: there is nothing to segment")
+    return Scan(path, scan_name(path), array, affine, header, kind, tuple(warnings))
+
+
+def read_label_map(path: str | Path) -> tuple[Int[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"]]:
+    """Reads one integer a voxel, and the affine in mm; UserError for fractions and for what `read_scan` refuses."""
+    path = Path(path)
+    values, affine, *_ = _read(path, channels=1)
+    low, high = float(values.min()), float(values.max())
+    whole = values.dtype.kind in "iu" or (values == np.round(values)).all()
+    if not (whole and low >= -(2**31) and high < 2**31):
+        raise UserError(path, "it is no label map: it holds fractions, NaN or huge values", "Give one integer a voxel.")
+    dtype = np.int16 if low >= -(2**15) and high < 2**15 else np.int32
+    return np.ascontiguousarray(values[0], dtype), affine
+
+
+def scan_name(path: Path) -> str:
+    """The stem of a scan's outputs: knee.nii.gz -> knee, a folder -> its name."""
+    suffix = _suffix(path)
+    return path.name[: -len(suffix)] if suffix and not path.is_dir() else path.resolve().name
+
+
+def find_scans(paths: list[Path]) -> list[Path]:
+    """The scans that `paths` stand for: a folder of scans gives its scans, sorted; anything else stands for itself.
+
+    Two scans whose outputs would have the same name are a UserError; `read_scan` refuses what cannot be read.
+    """
+    found = [scan for path in paths for scan in (_scans_in(Path(path)) if Path(path).is_dir() else [Path(path)])]
+    names: dict[str, Path] = {}
+    for scan in found:
+        other = names.setdefault(scan_name(scan), scan)
+        if other is not scan:
+            raise UserError(
+                scan, f"its outputs would overwrite those of {other}", "Rename one, or run them into two folders."
+            )
+    return found
+
+
+def _scans_in(folder: Path) -> list[Path]:
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    if any(is_dicom(entry) for entry in entries):
+        return [folder]
+    return [e for e in entries if _suffix(e) or (e.is_dir() and any(map(is_dicom, e.iterdir())))] or [folder]
+
+
+def _suffix(path: Path) -> str:
+    return next((path.name[-len(s) :] for s in KINDS if path.name.lower().endswith(s)), "")
+
+
+def _read(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray, Header, str, list[str]]:
+    """Values "channels x y z" as the file has them, affine in mm, header, kind, warnings."""
+    kind = "dicom" if path.is_dir() else KINDS.get(_suffix(path).lower())
+    if not path.exists():
+        raise UserError(path, "it does not exist", "Check the path.")
+    if not (path.is_dir() or path.is_file()):
+        raise UserError(path, "it is neither a file nor a folder", "Give a scan file or the folder of a DICOM series.")
+    if kind is None:
+        known = ", ".join(KINDS)
+        raise UserError(path, "its kind is not known", f"Give a file of {known}, or the folder of a DICOM series.")
+    try:
+        if kind == "nifti":
+            values, affine, header, warnings = read_nifti(path, channels)
+            return values, affine, header, kind, warnings
+        values, affine, warnings = read_dicom(path, channels) if kind == "dicom" else read_itk(path, channels)
+        return values, affine, header_for(affine, values.shape[1:]), kind, warnings
+    except OSError as error:
+        raise UserError(path, f"it cannot be read ({error.strerror})", "Check its permissions and the disk.") from error
+    except MemoryError as error:
+        raise UserError(
+            path, "it needs more memory than there is", "Crop the scan, or use a larger machine."
+        ) from error
+
+
+def _finite_float32(path: Path, values: np.ndarray, warnings: list[str]) -> Float32[np.ndarray, "channels x y z"]:
+    """NaN, mostly a mark of what lies outside the field of view, becomes the lowest finite value, infinity the nearest."""
+    if values.dtype.kind == "f":
+        finite = np.isfinite(values)
+        bad = values.size - int(np.count_nonzero(finite))
+        if bad == values.size:
+            raise UserError(path, "every voxel is NaN or infinite", "Export the scan again.")
+        if bad:
+            low, high = values.min(where=finite, initial=np.inf), values.max(where=finite, initial=-np.inf)
+            values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+            warnings.append(f"{bad} voxels were NaN or infinite; they were set to the lowest or highest finite value")
+    if max(-float(values.min()), float(values.max())) > LARGEST_VALUE:
+        scale = max(1.0, float(np.percentile(np.abs(values.astype(np.float64)), 99)) / LARGEST_VALUE)
+        values = np.clip(values / scale, -LARGEST_VALUE, LARGEST_VALUE)
+        warnings.append(f"the values are huge: they were divided by {scale:.3g} and limited to {LARGEST_VALUE:g}")
+    return np.ascontiguousarray(values, np.float32)
