@@ -61,7 +61,8 @@ def signed_distance(part: Ellipsoid | Tube, points: Float[np.ndarray, "3 x y z"]
             gradient += ratio ** (part.power - 1) / radius**2
             level += ratio ** (part.power // 2)
     root = np.maximum(level, 1e-6) ** (1 / part.power)
-    return (root - 1) * root ** (part.power - 1) / np.sqrt(np.maximum(gradient, 1e-12))
+    distance = (root - 1) * root ** (part.power - 1) / np.sqrt(np.maximum(gradient, 1e-12))
+    return np.maximum(distance, -part.radii.min())  # no point lies deeper; at the centre the gradient is zero
 
 
 def grow_vessels(start: Point, ends: Float[np.ndarray, "leaves 3"], radius: float) -> tuple[Tube, ...]:
@@ -98,8 +99,8 @@ def draw_body(rng: np.random.Generator, half_mm: Point) -> tuple[Structure, ...]
         Structure("fat", (egg(middle, 0.93, 0.8, endless, vary=0.03),)),
         Structure("muscle", (egg(middle, 0.84, 0.7, endless, vary=0.02),)),
         Structure("fat", (egg(np.array([0, 0.04, 0]) * scale, 0.77, 0.61, endless, vary=0.02),)),
-        Structure("muscle", tuple(egg(at(side * 0.24, -0.56, 0), 0.18, 0.13, endless) for side in (-1, 1))),
-        Structure("muscle", tuple(egg(at(side * 0.26, -0.38, 0), 0.09, 0.1, endless) for side in (-1, 1))),
+        Structure("muscle", tuple(egg(at(side * 0.24, -0.56, 0.0), 0.18, 0.13, endless) for side in (-1, 1))),
+        Structure("muscle", tuple(egg(at(side * 0.26, -0.38, 0.0), 0.09, 0.1, endless) for side in (-1, 1))),
     ]
     right = egg(at(0.4, 0.06, 0.1, 0.06), 0.33, 0.46, 0.66, vary=0.15)
     left = egg(at(0.0, 0.32, 0.22, 0.06), 0.34, 0.18, 0.38, vary=0.2)
@@ -138,8 +139,8 @@ def draw_body(rng: np.random.Generator, half_mm: Point) -> tuple[Structure, ...]
             "lesion", (egg(at(0.22, 0.26, -0.35, 0.05), 0.1, 0.11, 0.2),)
         ),  # a gallbladder, as bright as a lesion
         Structure("vessel", grow_vessels(at(-0.06, -0.1, 0.0), _within(rng, stomach, 7, 1.3), 0.07 * thin)),
-        Structure("vessel", (egg(at(-0.07, -0.23, 0), 0.075, 0.075, endless),)),
-        Structure("vessel", (egg(at(0.11, -0.23, 0), 0.085, 0.07, endless),)),
+        Structure("vessel", (egg(at(-0.07, -0.23, 0.0), 0.075, 0.075, endless),)),
+        Structure("vessel", (egg(at(0.11, -0.23, 0.0), 0.085, 0.07, endless),)),
     ]
     return tuple(trunk + liver + others + _skeleton(rng, scale, thin))
 

@@ -158,7 +158,7 @@ def _union(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
 
 
 def _smooth_field(
-    knots: Float[np.ndarray, "*lead i j k"], places: list[Float[np.ndarray, " n"]]
+    knots: Float[np.ndarray, "*lead i j k"], places: list[Float[np.ndarray, "_"]]
 ) -> Float32[np.ndarray, "*lead x y z"]:
     """A cubic B-spline through a coarse lattice over [-1, 1]^3, at the crossings of the places on each axis."""
     field = np.asarray(knots, np.float32)
