@@ -59,7 +59,7 @@ class Scan:
 
 
 def read_scan(path: str | Path, channels: int = 1) -> Scan:
-    """Reads a NIfTI, NRRD, MHA or PNG file, a DICOM series folder or a zip of one; UserError if it cannot be trusted."""
+    """Reads a NIfTI, NRRD, MHA or PNG file, a DICOM series folder or a zip of one; UserError if it can't be trusted."""
     path = Path(path)
     values, affine, header, kind, warnings = _read(path, channels)
     array = _finite_float32(path, values, warnings)
@@ -138,7 +138,7 @@ def _read(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray, Header, st
 
 
 def _finite_float32(path: Path, values: np.ndarray, warnings: list[str]) -> Float32[np.ndarray, "channels x y z"]:
-    """NaN, mostly a mark of what lies outside the field of view, becomes the lowest finite value, infinity the nearest."""
+    """NaN, mostly a mark for outside the field of view, becomes the lowest finite value, infinity the nearest one."""
     if values.dtype.kind == "f":
         finite = np.isfinite(values)
         bad = values.size - int(np.count_nonzero(finite))

@@ -1,6 +1,7 @@
 """Files on a scan's grid: whole or not there, the same bytes for the same content, no trace of a patient's name."""
 
 import gzip
+import itertools
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -8,15 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Integer
 from numpy.typing import DTypeLike
 
+from medseg_diff import __version__
 from medseg_diff.errors import UserError
+from medseg_diff.scans.dicom import dicom_folder, read_slices
+from medseg_diff.scans.itk import LPS_TO_RAS
 from medseg_diff.scans.read import Scan
 
 GEOMETRY = (
     *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("srow_x", "srow_y", "srow_z", "xyzt_units"),
 )
+
+# Okabe and Ito, told apart by colour-blind eyes: https://jfly.uni-koeln.de/color/
+LABEL_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2")
+PATIENT_TAGS = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
+STUDY_TAGS = ("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName")
 
 
 @contextmanager
@@ -66,6 +76,119 @@ def write_nifti(
                 raise ValueError(f"{written} frames came where {count or 1} were promised")
 
 
+def write_seg_nrrd(label_map: Integer[np.ndarray, "x y z"], scan: Scan, names: dict[int, str], path: Path) -> None:
+    """Writes a segmentation that 3D Slicer opens with its names and colours: one layer, label values kept.
+
+    Fields: https://apidocs.slicer.org/main/classvtkMRMLSegmentationStorageNode.html
+    """
+    lps = LPS_TO_RAS @ scan.affine
+    whole = " ".join(f"0 {n - 1}" for n in scan.shape)
+    fields = {
+        "type": "uint8" if label_map.max() < 256 else "int16",
+        "dimension": "3",
+        "space": "left-posterior-superior",
+        "sizes": " ".join(map(str, scan.shape)),
+        "space directions": " ".join(map(_vector, lps[:3, :3].T)),
+        "kinds": "domain domain domain",
+        "endian": "little",
+        "encoding": "gzip",
+        "space origin": _vector(lps[:3, 3]),
+    }
+    segments: dict[str, object] = {
+        "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
+        "Segmentation_SourceRepresentation": "Binary labelmap",
+        "Segmentation_ReferenceImageExtentOffset": "0 0 0",
+    }
+    for i, (value, color) in enumerate(label_colors(names).items()):
+        red, green, blue = (int(color[k : k + 2], 16) / 255 for k in (1, 3, 5))
+        segments |= {
+            f"Segment{i}_ID": f"Segment_{value}",
+            f"Segment{i}_Name": " ".join(names[value].split()),
+            f"Segment{i}_Color": f"{red:.4f} {green:.4f} {blue:.4f}",
+            f"Segment{i}_LabelValue": value,
+            f"Segment{i}_Layer": 0,
+            f"Segment{i}_Extent": whole,
+        }
+    lines = [f"{k}: {v}" for k, v in fields.items()] + [f"{k}:={v}" for k, v in segments.items()]
+    slabs = _slabs(label_map, scan.shape, np.dtype(str(fields["type"])))
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(("NRRD0004\n" + "\n".join(lines) + "\n\n").encode())
+        with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as stream:
+            stream.writelines(slabs)
+
+
+def write_dicom_seg(label_map: Integer[np.ndarray, "x y z"], scan: Scan, names: dict[int, str], path: Path) -> None:
+    """Writes a DICOM segmentation that belongs to the series the scan was read from.
+
+    It carries the patient and study of that series, as an archive needs; no other output does.
+    UserError where the scan is not DICOM, is sheared, or nothing was segmented.
+    """
+    if scan.kind != "dicom":
+        raise UserError(scan.path, "a DICOM segmentation needs a DICOM series", "Leave dicom-seg out of --save.")
+    values = sorted(value for value in names if value and (label_map == value).any())
+    if not values:
+        raise UserError(
+            scan.path, "nothing was segmented, so there is no DICOM segmentation", "Leave it out of --save."
+        )
+    import highdicom as hd  # slow, and rarely needed
+    import pydicom
+    from pydicom.sr.codedict import codes
+
+    with dicom_folder(scan.path) as folder:
+        slices, _ = read_slices(scan.path, folder)
+        source = [pydicom.dcmread(s.path, stop_before_pixels=True) for s in slices]
+    for dataset in source:
+        for tag in (*PATIENT_TAGS, *STUDY_TAGS):  # type 2: present, though maybe empty
+            if tag not in dataset:
+                setattr(dataset, tag, "")
+    algorithm = hd.AlgorithmIdentificationSequence(
+        name="medseg-diff", version=__version__, family=codes.DCM.ArtificialIntelligence
+    )
+    descriptions = [
+        hd.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=" ".join(names[value].split())[:64],
+            segmented_property_category=codes.SCT.Tissue,
+            segmented_property_type=codes.SCT.Tissue,
+            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_identification=algorithm,
+            display_color=hd.color.CIELabColor.from_string(label_colors(names)[value]),
+        )
+        for number, value in enumerate(values, 1)
+    ]
+    numbers = np.zeros(label_map.shape, np.uint8)
+    for number, value in enumerate(values, 1):
+        numbers[label_map == value] = number
+    # Frames of the segmentation are the slices of the series only if the slice axis comes first, rows before columns.
+    volume = hd.Volume(
+        numbers.transpose(2, 1, 0),
+        (LPS_TO_RAS @ scan.affine)[:, [2, 1, 0, 3]],
+        coordinate_system="PATIENT",
+        frame_of_reference_uid=source[0].FrameOfReferenceUID,
+    )
+    segmentation = hd.seg.Segmentation(
+        source,
+        volume,
+        hd.seg.SegmentationTypeValues.BINARY,
+        descriptions,
+        series_instance_uid=hd.UID(),
+        series_number=300,
+        sop_instance_uid=hd.UID(),
+        instance_number=1,
+        manufacturer="medseg-diff",
+        manufacturer_model_name="medseg-diff",
+        software_versions=__version__,
+        device_serial_number="none",
+    )
+    with replacing(path) as temporary:
+        segmentation.save_as(temporary)
+
+
+def label_colors(names: dict[int, str]) -> dict[int, str]:
+    """Label value -> colour, the same in every picture and file; without the background, ascending."""
+    return dict(zip(sorted(value for value in names if value), itertools.cycle(LABEL_COLORS), strict=False))
+
+
 def _header(scan: Scan, shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     """The geometry of the scan's header, and nothing else of it."""
     header = type(scan.header)()
@@ -94,3 +217,7 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _vector(numbers: np.ndarray) -> str:
+    return "(" + ",".join(repr(float(n)) for n in numbers) + ")"
