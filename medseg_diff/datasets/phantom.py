@@ -97,7 +97,7 @@ def _draw(
     texture = look_rng.normal(0, 1, (28, 28, 20))
     bias, gain = look_rng.normal(0, 0.6, (4, 4, 4)), 10 ** look_rng.uniform(0, 4)
     pixel_mm = float(np.cbrt(np.prod(spacing_mm)))
-    offsets_mm = rater_rng.normal(0, 1.5 * pixel_mm if raters > 1 else 0, (raters, 7, 7, 7))
+    offsets_mm = rater_rng.normal(0, 1.2 * pixel_mm if raters > 1 else 0, (raters, 7, 7, 7))
 
     image = np.empty(shape, np.float32)
     label_maps = np.zeros((raters, *shape), np.uint8)
