@@ -1,0 +1,40 @@
+"""Label maps as the continuous masks that diffusion needs, and back."""
+
+import torch
+from jaxtyping import Float, Int64, Integer
+from torch import Tensor
+from torch.nn import functional
+
+
+def to_analog(p: Float[Tensor, "batch K *space"], b: float) -> Float[Tensor, "batch K *space"]:
+    """A one-hot mask or probabilities in [0, 1] as analog bits in [-b, b] (Chen et al. 2023, Analog Bits).
+
+    The smaller b, the earlier the noise hides the mask: large objects need a small b, or the network reads them from
+    x_t and never looks at the scan.
+    """
+    return b * (2 * p - 1)
+
+
+def from_analog(x: Float[Tensor, "batch K *space"], b: float) -> Float[Tensor, "batch K *space"]:
+    """The inverse of `to_analog`, clamped to [0, 1]."""
+    return ((x / b + 1) / 2).clamp(0, 1)
+
+
+def one_hot(label_map: Integer[Tensor, "batch *space"], classes: int) -> Float[Tensor, "batch {classes} *space"]:
+    """One channel a class, 1 where the label is its index. Raises RuntimeError (on the CPU) for labels beyond them."""
+    batch, *space = label_map.shape
+    empty = torch.zeros(batch, classes, *space, device=label_map.device)
+    return empty.scatter_(1, label_map.long().unsqueeze(1), 1.0)
+
+
+def to_labels(x: Float[Tensor, "batch K *space"]) -> Int64[Tensor, "batch *space"]:
+    """The index of the largest channel at every voxel."""
+    return x.argmax(1)
+
+
+def pool(x: Float[Tensor, "batch K *space"], factor: int) -> Float[Tensor, "batch K *reduced"]:
+    """The mean over blocks of factor voxels a side, in 2D or 3D. Raises ValueError where blocks do not tile space."""
+    space = x.shape[2:]
+    if any(size % factor for size in space):
+        raise ValueError(f"blocks of {factor} voxels do not tile a grid of {'x'.join(map(str, space))}")
+    return functional.avg_pool3d(x, factor) if len(space) == 3 else functional.avg_pool2d(x, factor)
