@@ -1,0 +1,213 @@
+"""Model files that explain themselves, and states to resume from. No pickle is ever opened."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from medseg_diff import __version__
+from medseg_diff.config import Config, parse_config, plain
+from medseg_diff.datasets.pipeline import Preprocessing
+from medseg_diff.errors import UserError, reason
+from medseg_diff.files import replacing
+from medseg_diff.networks import build_network
+
+FORMAT = "medseg-diff model 1"
+ENVIRONMENT = "MEDSEG_DIFF_MODEL"
+FINISHED = "summary.json"
+"""A run is finished when it holds this file."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model file says of itself."""
+
+    config: Config
+    labels: dict[int, str]
+    channels: tuple[str, ...]
+    scores: dict[str, Any]
+    dataset: dict[str, Any]
+    trained: dict[str, Any]
+    version: str = __version__
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a scan becomes the network's grid."""
+        data = self.config.data
+        assert data.spacing_mm is not None, "training resolves the spacing"
+        return Preprocessing(data.spacing_mm, data.modality, data.window_hu, data.percentiles)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network ready to use, in evaluation mode on its device."""
+
+    network: nn.Module
+    about: Description
+    path: Path
+    digest: str
+    device: torch.device
+
+
+def build(config: Config, channels: int, classes: int) -> nn.Module:
+    """The network that a configuration asks for, with weights drawn from its seed."""
+    stacked = (
+        channels * (2 * config.data.neighbours + 1)
+        if config.data.spatial_dims == 2 and config.task == "segment"
+        else channels
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build_network(config.network.kind, config.data.spatial_dims, stacked, classes, config.network.widths)
+
+
+def save_model(path: Path, weights: Mapping[str, Tensor], about: Description) -> str:
+    """Writes one safetensors file, whole or not at all; returns its digest."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
+    description = json.dumps(
+        {
+            "config": plain(about.config),
+            "labels": {str(value): name for value, name in about.labels.items()},
+            "channels": list(about.channels),
+            "scores": about.scores,
+            "dataset": about.dataset,
+            "trained": about.trained,
+            "version": about.version,
+        },
+        sort_keys=True,
+    )
+    digest = _digest(tensors, description)
+    content = save(tensors, metadata={"format": FORMAT, "description": description, "digest": digest})
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+    return digest
+
+
+def describe(path: Path) -> tuple[Description, str]:
+    """Header and digest of a model file, without its weights. Raises UserError."""
+    with _opened(path) as file:
+        return _description(path, file.metadata()), file.metadata()["digest"]
+
+
+def load_model(path: Path, device: torch.device) -> Model:
+    """Reads a model file and checks its digest. Raises UserError for whatever is not a whole model of ours."""
+    with _opened(path) as file:
+        about = _description(path, file.metadata())
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        stated, text = file.metadata()["digest"], file.metadata()["description"]
+    advice = "Copy the file again, or train the model again"
+    if _digest(tensors, text) != stated:
+        raise UserError(path, "the weights do not fit the digest in the header: the file is damaged", advice)
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise UserError(path, f"the weights {bad[0]} are not finite", advice)
+    network = build(about.config, len(about.channels), len(about.labels))
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(path, f"the weights do not fit the network: {reason(error)}", advice) from error
+    return Model(network.to(device).eval().requires_grad_(False), about, path, stated, device)
+
+
+def explain(path: Path) -> dict[str, Any]:
+    """The header of a model file as plain values."""
+    about, digest = describe(path)
+    return {
+        "model": str(path),
+        "digest": digest,
+        "version": about.version,
+        "labels": {str(value): name for value, name in about.labels.items()},
+        "channels": list(about.channels),
+        "trained": about.trained,
+        "scores": about.scores,
+        "dataset": about.dataset,
+        "config": plain(about.config),
+    }
+
+
+def find_model(given: str | None, task: str) -> tuple[Path, str]:
+    """The model file: as given, else from the environment, else of the newest finished run; and where it was found."""
+    named = given or os.environ.get(ENVIRONMENT)
+    if named:
+        path = Path(named)
+        if path.is_dir():
+            path = path / "best.safetensors"
+        if not path.is_file():
+            advice = "Give --model a .safetensors file or the folder of a finished run"
+            raise UserError(named, "there is no such model", advice)
+        return path, f"--model {given}" if given else f"${ENVIRONMENT}"
+    finished = sorted(Path("runs").glob(f"*/{FINISHED}"), key=lambda p: p.stat().st_mtime, reverse=True)
+    for summary in finished:
+        if _task(summary.parent) == task and (summary.parent / "best.safetensors").is_file():
+            return summary.parent / "best.safetensors", f"the newest finished run, {summary.parent}"
+    what = f"no model: no --model, no ${ENVIRONMENT}, and no finished run of task {task} under ./runs"
+    raise UserError(
+        task, what, "Train one (medseg-diff train --config configs/quickstart.yaml), or name one by --model FILE"
+    )
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes what a run needs to go on, whole or not at all."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """Reads a state; tensors and plain values only. Raises UserError."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise UserError(path, f"cannot be resumed: {reason(error)}", "Start again with --fresh") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    advice = "Give a .safetensors file that medseg-diff train wrote"
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("format") != FORMAT:
+                raise UserError(path, "is no model of medseg-diff", advice)
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(path, f"is no readable model ({reason(error)})", advice) from error
+
+
+def _description(path: Path, metadata: dict[str, str]) -> Description:
+    try:
+        held = json.loads(metadata["description"])
+        return Description(
+            config=parse_config(held["config"], path),
+            labels={int(value): name for value, name in held["labels"].items()},
+            channels=tuple(held["channels"]),
+            scores=held["scores"],
+            dataset=held["dataset"],
+            trained=held["trained"],
+            version=held["version"],
+        )
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(path, f"its header is damaged ({reason(error)})", "Train the model again") from error
+
+
+def _digest(tensors: Mapping[str, Tensor], description: str) -> str:
+    digest = hashlib.sha256(description.encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _task(run: Path) -> str | None:
+    try:
+        return yaml.safe_load((run / "config.yaml").read_text()).get("task")
+    except (OSError, yaml.YAMLError, AttributeError):
+        return None

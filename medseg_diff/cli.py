@@ -1,0 +1,294 @@
+"""The program: parses, calls one function, prints. Heavy imports stand inside the commands, so that --help is quick."""
+
+import json
+import logging
+import sys
+import traceback
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medseg_diff import __version__
+from medseg_diff.errors import UserError
+
+app = typer.Typer(
+    name="medseg-diff",
+    help="Medical image segmentation by denoising diffusion: many plausible masks, one honest answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Split(StrEnum):
+    """Which cases to evaluate."""
+
+    val = "val"
+    train = "train"
+    all = "all"
+
+
+class Modality(StrEnum):
+    """What a phantom looks like."""
+
+    ct = "ct"
+    mr = "mr"
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="A .safetensors file or a run folder; else $MEDSEG_DIFF_MODEL, else the newest run."),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="The same seed gives the same bytes.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda; by default cuda where there is one.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Runs the program; exit code 0 all done, 1 some scans were refused, 2 something given is wrong."""
+    _hush()
+    try:
+        app()
+    except UserError as error:
+        if _debug:
+            traceback.print_exc()
+        from medseg_diff.console import say
+
+        say(f"error: {error}")
+        sys.exit(2)
+
+
+_debug = False
+
+
+@app.callback()
+def _options(
+    debug: DebugOption = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo")) -> None:
+    """Make a phantom data set, train on it, segment an unseen scan, evaluate, generate: the whole program in minutes."""
+    from medseg_diff.demo import run_demo
+
+    print(run_demo(out))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="A YAML file, such as configs/quickstart.yaml.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override; repeatable.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; by default that of the configuration.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what the run has, and start again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the configuration.")] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Train into runs/NAME; the same command again goes on where it stopped."""
+    from medseg_diff.config import load_config
+
+    loaded = load_config(config, set_ or [])
+    folder = run_folder(name or config.stem)
+    from medseg_diff.device import choose_device
+    from medseg_diff.train import rehearse
+    from medseg_diff.train import train as run
+
+    if dry_run:
+        print(rehearse(loaded, folder, choose_device(device)), end="")
+        return
+    summary = run(loaded, folder, choose_device(device), fresh=fresh)
+    for key in ("val/dice", "val/loss"):
+        if key in summary:
+            print(f"{key} {summary[key]:.4f}")
+    print(f"model {folder / 'best.safetensors'}")
+
+
+@app.command()
+def segment(
+    scans: Annotated[list[Path], typer.Argument(metavar="SCAN...", help="Files, DICOM series or folders of scans.")],
+    model: ModelOption = None,
+    out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("segmentations"),
+    samples: Annotated[int | None, typer.Option(min=2, max=1024, help="Masks to draw.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Calls of the denoiser for a mask.")] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    save: Annotated[
+        str, typer.Option(help="From seg,prob,uncertainty,samples,preview,report,dicom-seg,seg-nrrd.")
+    ] = "seg,uncertainty,preview,report",
+    as_json: JsonOption = False,
+) -> None:
+    """Segment scans: masks and uncertainty on each scan's own grid, a preview, a report."""
+    from medseg_diff.scans.read import find_scans
+
+    found = find_scans(scans)
+    loaded = _load(model, device, "segment")
+    from medseg_diff.segment import segment_files
+
+    items = [item.strip() for item in save.split(",") if item.strip()]
+    reports, refused = segment_files(found, loaded, out, samples=samples, steps=steps, seed=seed, items=items)
+    if as_json:
+        print(json.dumps({"reports": reports, "refused": [vars(error) for error in refused]}, indent=2))
+    else:
+        for report in reports:
+            volumes = ", ".join(f"{label['name']} {label['volume_ml']:.2f} ml" for label in report["labels"])
+            print(f"{report['scan']}: {volumes}")
+        print(f"{len(reports)} of {len(found)} scans segmented into {out}")
+    if refused:
+        raise typer.Exit(1 if reports else 2)
+
+
+@app.command()
+def evaluate(
+    model: ModelOption = None,
+    data: Annotated[Path | None, typer.Option(help="A data set, for --model.")] = None,
+    split: Annotated[Split, typer.Option(help="Which cases: by the model's own split.")] = Split.val,
+    predictions: Annotated[Path | None, typer.Option(help="Folder of label maps, instead of a model.")] = None,
+    references: Annotated[Path | None, typer.Option(help="Folder of references, for --predictions.")] = None,
+    out: Annotated[Path, typer.Option(help="Where summary.json and cases.csv go.")] = Path("evaluation"),
+    samples: Annotated[int | None, typer.Option(min=2, max=1024, help="Masks to draw a case.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Calls of the denoiser for a mask.")] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    uri: Annotated[str | None, typer.Option(help="Tracking store; by default the model's.")] = None,
+) -> None:
+    """Score a model on a data set, or label maps against references."""
+    if (predictions is None) != (references is None) or (predictions is not None and data is not None):
+        advice = "Give --model and --data, or --predictions and --references."
+        raise UserError("evaluate", "the options do not fit together", advice)
+    if predictions is None and data is None:
+        raise UserError("evaluate", "nothing to evaluate", "Give --data ROOT, or --predictions and --references.")
+    loaded = None if predictions else _load(model, device, "segment")
+    from medseg_diff.evaluate import run_evaluation
+    from medseg_diff.metrics import table
+
+    sources = (predictions, references) if loaded is None else (data, split.value)
+    summary = run_evaluation(loaded, sources, out, samples=samples, steps=steps, seed=seed, uri=uri)
+    print(table(summary))
+    print(f"written to {out / 'summary.json'} and {out / 'cases.csv'}")
+
+
+@app.command()
+def generate(
+    model: ModelOption = None,
+    count: Annotated[int, typer.Option(min=1, max=100_000, help="Number of images.")] = 16,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Calls of the network for an image.")] = None,
+    seed: SeedOption = 0,
+    out: Annotated[Path, typer.Option(help="Where the images go.")] = Path("generated"),
+    device: DeviceOption = None,
+) -> None:
+    """Draw images from noise: grid.png and one NIfTI file an image."""
+    loaded = _load(model, device, "generate")
+    from medseg_diff.generate import generate_files
+
+    paths = generate_files(loaded, out, count, steps=steps, seed=seed)
+    print(f"{count} images and {paths[0]}")
+
+
+@app.command()
+def compare(
+    experiment: Annotated[str | None, typer.Option(help="Only runs of this experiment.")] = None,
+    metric: Annotated[str, typer.Option(help="Sorts the runs, best first.")] = "val/dice",
+    top: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
+    uri: Annotated[str, typer.Option(help="Tracking store.")] = "sqlite:///mlflow.db",
+    as_json: JsonOption = False,
+) -> None:
+    """Show MLflow runs side by side: the parameters that differ, and the metrics."""
+    from medseg_diff.compare import compare as rows_of
+    from medseg_diff.compare import render
+
+    rows = rows_of(uri, experiment, metric, top)
+    print(json.dumps(rows, indent=2) if as_json else render(rows))
+
+
+@app.command()
+def check(path: Annotated[Path, typer.Argument(metavar="PATH", help="A data set or a scan.")]) -> None:
+    """Name every problem of a data set or a scan at once, and what to do about each."""
+    from medseg_diff.datasets.check import check as problems_of
+
+    problems = problems_of(path)
+    for problem in problems:
+        print(f"{problem.level}: {problem.where}: {problem.what}. {problem.advice}")
+    errors = sum(problem.level == "error" for problem in problems)
+    print(f"{path}: {errors} errors, {len(problems) - errors} warnings")
+    if errors:
+        raise typer.Exit(2)
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A .safetensors file or a run folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a model file is: labels, preprocessing, scores, data, version."""
+    from medseg_diff.checkpoint import explain, find_model
+
+    about = explain(find_model(model, "segment")[0])
+    print(json.dumps(about, indent=2) if as_json else _outline(about))
+
+
+@app.command()
+def phantom(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    cases: Annotated[int, typer.Option(min=2, help="Number of cases.")] = 20,
+    modality: Annotated[Modality, typer.Option(help="What the scans look like.")] = Modality.ct,
+    raters: Annotated[int, typer.Option(min=1, max=16, help="Label maps a case.")] = 1,
+    seed: SeedOption = 0,
+) -> None:
+    """Make a synthetic labelled data set in the Decathlon layout."""
+    from medseg_diff.datasets.phantom import make_phantom
+
+    make_phantom(folder, cases, modality.value, raters, seed)
+    print(f"{cases} cases in {folder}")
+
+
+def _hush() -> None:
+    """MONAI talks of optional readers and of its own deprecations."""
+    warnings.filterwarnings("ignore", module="monai")
+    logging.getLogger("monai").setLevel(logging.ERROR)
+
+
+def run_folder(name: str) -> Path:
+    """runs/NAME. Raises UserError for a name that would lead elsewhere."""
+    if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
+        raise UserError(f"--name {name!r}", "is no plain name", "Use letters, digits, - and _.")
+    return Path("runs") / name
+
+
+def _load(given: str | None, device: str | None, task: str) -> Any:
+    from medseg_diff.checkpoint import find_model
+
+    path, where = find_model(given, task)
+    from medseg_diff.checkpoint import load_model
+    from medseg_diff.console import say
+    from medseg_diff.device import choose_device
+
+    model = load_model(path, choose_device(device))
+    if model.about.config.task != task:
+        raise UserError(
+            path, f"is a model of task {model.about.config.task}, not {task}", f"Name a model of task {task}."
+        )
+    say(f"model: {path} ({where})")
+    return model
+
+
+def _outline(values: dict[str, Any], indent: int = 0) -> str:
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += [f"{'  ' * indent}{key}:", _outline(value, indent + 1)]
+        else:
+            lines.append(f"{'  ' * indent}{key}: {value}")
+    return "\n".join(lines)

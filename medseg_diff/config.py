@@ -1,0 +1,238 @@
+"""The configuration: the only home of defaults. A field's docstring is its documentation."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from medseg_diff.errors import UserError, reason
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Data(_Section):
+    """Which cases, and how a scan becomes the grid that the network sees."""
+
+    root: Path
+    """Folder of a data set in the Decathlon layout, holding dataset.json."""
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Cases sorted by name; fold f validates on those whose index i has i % folds == f."""
+    fold: Annotated[int, Field(ge=0)] = 0
+    """The fold that validates."""
+    cache: Path = Path("runs/.cache")
+    """Where preprocessed volumes are kept; may be deleted at any time."""
+    modality: Literal["ct", "mr"] = "mr"
+    """ct: a window in Hounsfield units, mapped to [-1, 1]. mr: clipped at percentiles, then mean 0 and variance 1."""
+    window_hu: tuple[Finite, Finite] = (-160.0, 240.0)
+    """Lowest and highest Hounsfield unit that ct keeps."""
+    percentiles: tuple[Annotated[float, Field(ge=0, le=50)], Annotated[float, Field(ge=50, le=100)]] = (0.5, 99.5)
+    """Lowest and highest percentile of the intensities that mr keeps."""
+    spacing_mm: tuple[Positive, Positive, Positive] | None = None
+    """Voxel size of the network's grid along right, anterior, superior; null: the median of the training cases."""
+    spatial_dims: Literal[2, 3] = 3
+    """2: slices, 3: volumes."""
+    axis: Literal[0, 1, 2] = 2
+    """With 2 dimensions: the axis across the slices (0 sagittal, 1 coronal, 2 axial)."""
+    neighbours: Annotated[int, Field(ge=0, le=8)] = 1
+    """With 2 dimensions: slices on either side that are given as further channels."""
+    size: tuple[Count, ...]
+    """Training size in voxels of the network's grid, one number a dimension, multiples of 16."""
+    foreground: Share = 0.5
+    """Share of the training crops that are centred on a labelled voxel."""
+
+
+class Network(_Section):
+    """The network."""
+
+    kind: Literal["conditional", "unet", "unconditional"] = "conditional"
+    """conditional: image encoder, mean head and a denoiser that draws masks. unet: the encoder and its head alone,
+    trained by Dice and cross-entropy. unconditional: a denoiser of images, for task generate."""
+    widths: Annotated[tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...], Field(min_length=4, max_length=5)] = (
+        16,
+        32,
+        64,
+        128,
+    )
+    """Channels at each of the 4 or 5 levels, the finest first."""
+
+
+class Diffusion(_Section):
+    """The diffusion process."""
+
+    schedule: Literal["linear", "quadratic", "cosine", "sigmoid", "scaled_linear"] = "cosine"
+    """Noise schedule; it always ends in pure noise (zero terminal SNR)."""
+    train_steps: Annotated[int, Field(ge=2)] = 1000
+    """Number of noise levels that training draws from."""
+    scale: Positive = 0.5
+    """b: analog masks live in [-b, b]."""
+    pure_noise: Share = 0.5
+    """Share of the training levels that are pure noise, the level at which one call draws a sample."""
+    draws: Annotated[int, Field(ge=2)] = 4
+    """Masks drawn for one training image, which the energy score compares."""
+
+
+class Train(_Section):
+    """Optimization."""
+
+    steps: Count = 100_000
+    """Budget in optimizer steps."""
+    max_minutes: Positive | None = None
+    """Budget in minutes of training; whichever of the two ends first."""
+    batch_size: Count = 2
+    """Crops, or slices, in a batch."""
+    lr: Positive = 2e-3
+    """Highest learning rate of AdamW, reached after the warm-up, then lowered along a cosine."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    """Weight decay of AdamW."""
+    warmup: Share = 0.1
+    """Share of the budget in which the learning rate rises."""
+    clip: Positive = 1.0
+    """Largest norm of the gradient."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the moving average of the weights, the ones that are kept."""
+    mean_weight: Positive = 5.0
+    """Weight of the mean head's cross-entropy beside the energy score."""
+    augment: bool = True
+    """Rotate, scale, shift, and change the intensities of what is trained on."""
+    checkpoint_every: Count = 200
+    """Steps between two states to resume from."""
+    validations: Count = 4
+    """Validations over the budget, evenly spaced, the last one at its end."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on CUDA and on processors that are fast in it, fp32 elsewhere."""
+
+
+class Segment(_Section):
+    """Sampling."""
+
+    samples: Annotated[int, Field(ge=2, le=1024)] = 16
+    """Masks (or images to preview) drawn by default."""
+    steps: Count = 1
+    """Calls of the denoiser for a sample."""
+
+
+class Tracking(_Section):
+    """MLflow."""
+
+    uri: str = "sqlite:///mlflow.db"
+    """Tracking store: sqlite:///FILE or the address of a server."""
+    experiment: str = "medseg-diff"
+    """Experiment that the runs belong to."""
+
+
+class Config(_Section):
+    """Everything that decides what a run does."""
+
+    task: Literal["segment", "generate"] = "segment"
+    """segment: masks from scans. generate: images from noise."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the weights, the order of the data and the noise."""
+    data: Data
+    network: Network = Network()
+    diffusion: Diffusion = Diffusion()
+    train: Train = Train()
+    segment: Segment = Segment()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        data = self.data
+        if data.fold >= data.folds:
+            raise ValueError(f"data.fold: {data.fold} is not below data.folds, {data.folds}")
+        if len(data.size) != data.spatial_dims:
+            raise ValueError(
+                f"data.size: {data.spatial_dims} numbers are needed for data.spatial_dims {data.spatial_dims}"
+            )
+        if any(length % 16 for length in data.size):
+            raise ValueError(f"data.size: {list(data.size)} are not multiples of 16")
+        if data.window_hu[0] >= data.window_hu[1]:
+            raise ValueError("data.window_hu: the first number must be below the second")
+        if (self.task == "generate") != (self.network.kind == "unconditional"):
+            raise ValueError(f"network.kind: {self.network.kind} does not serve task {self.task}")
+        return self
+
+
+def load_config(path: Path, settings: Iterable[str] = ()) -> Config:
+    """Reads a YAML file and lays `KEY=VALUE` settings over it. Raises UserError naming the key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(path, reason(error), "Name a readable YAML file, such as configs/quickstart.yaml") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(path, " ".join(str(error).split()), "Write plain YAML: no tags, two spaces a level") from error
+    if not isinstance(content, dict):
+        raise UserError(path, "holds no mapping of keys", "Start from configs/quickstart.yaml")
+    for setting in settings:
+        _lay_over(content, setting)
+    return parse_config(content, path)
+
+
+def parse_config(content: dict[str, Any], where: str | Path) -> Config:
+    """Validates plain values. Raises UserError that names every wrong key."""
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        problems = [_problem(dict(found)) for found in error.errors()]
+        raise UserError(where, "; ".join(problems), "Mend the configuration or the --set that gave it") from error
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as values that YAML and JSON can hold."""
+    return config.model_dump(mode="json")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted names: {"train": {"lr": 1}} -> {"train.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _lay_over(content: dict[str, Any], setting: str) -> None:
+    key, separator, value = setting.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {setting}", "is not KEY=VALUE", "Write for instance --set train.steps=500")
+    *sections, leaf = key.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise UserError(f"--set {setting}", f"{section} is no section", "Write section.key=value")
+    try:
+        content[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {setting}", "the value is no YAML", "Quote it, or write [1, 2] for a list") from error
+
+
+def _problem(found: dict[str, Any]) -> str:
+    names = [str(part) for part in found["loc"]]
+    key = ".".join(names)
+    if found["type"] == "extra_forbidden":
+        known = _keys(names[:-1])
+        close = difflib.get_close_matches(names[-1], known, n=1)
+        return f"{key}: unknown key" + (f", did you mean {close[0]}?" if close else f" (there are {', '.join(known)})")
+    message = found["msg"].removeprefix("Value error, ")
+    return (
+        f"{key}: {message} (it is {found['input']!r})"
+        if key and found["type"] != "missing"
+        else f"{key or ''}{': ' if key else ''}{message}"
+    )
+
+
+def _keys(sections: list[str]) -> list[str]:
+    model: Any = Config
+    for section in sections:
+        model = model.model_fields[section].annotation
+    return list(model.model_fields)

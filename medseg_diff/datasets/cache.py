@@ -1,0 +1,112 @@
+"""Cases on the network's grid, prepared once and kept as plain arrays that the operating system pages in.
+
+MONAI's PersistentDataset is not used: it pickles, and it serves stale volumes after a change of a file or a transform.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+
+from medseg_diff import __version__
+from medseg_diff.datasets.layouts import Case
+from medseg_diff.datasets.pipeline import Preprocessing, label_keys, loading, preparing
+from medseg_diff.errors import UserError
+from medseg_diff.files import replacing
+
+SEEDS_PER_CLASS = 4096
+"""Labelled voxels of a class that are remembered as centres for crops."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A case on the network's grid."""
+
+    name: str
+    image: Float32[Tensor, "channels x y z"]
+    labels: UInt8[Tensor, "raters x y z"]
+    centres: tuple[np.ndarray, ...]
+
+
+def load_volumes(
+    cases: Sequence[Case],
+    how: Preprocessing,
+    *,
+    values: Sequence[int],
+    channels: int,
+    folder: Path,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Volume]:
+    """Prepared cases, from the cache where files and transforms are as they were. Labels become indices into values."""
+    folder.mkdir(parents=True, exist_ok=True)
+    volumes = []
+    for done, case in enumerate(cases, start=1):
+        stem = folder / _key(case, how, values, channels)
+        paths = [stem.with_suffix(suffix) for suffix in (".image.npy", ".labels.npy")]
+        if not all(path.exists() for path in paths):
+            for path, array in zip(paths, _prepare(case, how, values, channels), strict=True):
+                with replacing(path) as temporary:
+                    np.save(temporary, array)
+        image, labels = (np.load(path, mmap_mode="c") for path in paths)
+        volumes.append(
+            Volume(case.name, torch.from_numpy(image), torch.from_numpy(labels), _centres(labels, len(values)))
+        )
+        progress(done)
+    return volumes
+
+
+def _prepare(case: Case, how: Preprocessing, values: Sequence[int], channels: int) -> tuple[np.ndarray, np.ndarray]:
+    keys = label_keys(len(case.labels))
+    paths = {"image": case.image, **dict(zip(keys, case.labels, strict=True))}
+    loaded = loading(channels, len(keys))(paths)
+    for key, path in zip(keys, case.labels, strict=True):
+        _check_grid(loaded[key], loaded["image"], path, case.image)
+        _check_values(loaded[key], values, path)
+    prepared = preparing(how, len(keys))(loaded)
+    image = prepared["image"].as_tensor().numpy().astype(np.float32)
+    if not keys:
+        return image, np.zeros((0, *image.shape[1:]), np.uint8)
+    maps = np.concatenate([prepared[key].as_tensor().numpy() for key in keys])
+    return image, np.searchsorted(values, np.rint(maps).astype(np.int64)).astype(np.uint8)
+
+
+def _check_grid(label, image, path: Path, image_path: Path) -> None:
+    advice = f"Resample the label map onto the grid of {image_path.name}"
+    if label.shape[1:] != image.shape[1:]:
+        found, wanted = ("x".join(map(str, t.shape[1:])) for t in (label, image))
+        raise UserError(path, f"its shape is {found}, and {image_path.name} has {wanted}", advice)
+    difference = float((label.affine - image.affine).abs().max())
+    if difference > 1e-3:
+        raise UserError(path, f"its affine differs from that of {image_path.name} by {difference:.4g}", advice)
+
+
+def _check_values(label: Tensor, values: Sequence[int], path: Path) -> None:
+    unknown = sorted(set(np.unique(label.numpy()).tolist()) - set(values))
+    if unknown:
+        listed = ", ".join(map(str, unknown[:5]))
+        raise UserError(path, f"holds the label {listed}", "Declare it under 'labels' of dataset.json, or remove it")
+
+
+def _centres(labels: np.ndarray, classes: int) -> tuple[np.ndarray, ...]:
+    """For each class that is there, voxels [n, 3] spread over the structure."""
+    found = []
+    for index in range(1, classes):
+        positions = np.argwhere((labels == index).any(0)) if len(labels) else np.empty((0, 3), int)
+        if len(positions):
+            found.append(positions[:: -(-len(positions) // SEEDS_PER_CLASS)])
+    return tuple(found)
+
+
+def _key(case: Case, how: Preprocessing, values: Sequence[int], channels: int) -> str:
+    files = [
+        (str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns)
+        for path in (case.image, *case.labels)
+    ]
+    content = json.dumps([__version__, files, asdict(how), list(values), channels])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]

@@ -1,0 +1,192 @@
+"""Masks against references: `medseg-diff evaluate`, and the validation of training."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medseg_diff.checkpoint import Model
+from medseg_diff.config import Tracking, flatten, plain
+from medseg_diff.console import progress
+from medseg_diff.datasets.layouts import Case, read_dataset, split
+from medseg_diff.ensemble import agreement
+from medseg_diff.errors import UserError
+from medseg_diff.files import replacing
+from medseg_diff.metrics import LabelScore, label_keys, score_masks, summarize, write_cases_csv
+from medseg_diff.scans.geometry import spacing_of
+from medseg_diff.scans.preview import draw_preview
+from medseg_diff.scans.read import find_scans, read_label_map, read_scan, scan_name
+from medseg_diff.segment import segment_scan
+from medseg_diff.tracking import start_run
+
+
+def evaluate_model(
+    model: Model,
+    cases: Sequence[Case],
+    *,
+    samples: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    preview: Path | None = None,
+) -> dict[str, Any]:
+    """Segments every case as `segment` does and scores the masks; of several raters each counts.
+
+    `mean` gains coverage90/LABEL, the share of reference volumes inside the reported interval, and agreement/LABEL,
+    where the model draws samples. `preview` receives a picture of the first case.
+    """
+    settings, names = model.about.config.segment, model.about.labels
+    drawing = model.about.config.network.kind == "conditional"
+    scores: dict[str, dict[int, LabelScore]] = {}
+    inside: dict[int, list[bool]] = {value: [] for value in names if value}
+    agreements: list[np.ndarray] = []
+    with progress("evaluating", len(cases)) as advance:
+        for index, case in enumerate(cases):
+            scan = read_scan(case.image, len(model.about.channels))
+            count = (samples or settings.samples) if drawing else 0
+            found = segment_scan(model, scan, samples=count, steps=steps or settings.steps, seed=seed + index)
+            for rater, path in enumerate(case.labels):
+                reference, _ = read_label_map(path)
+                name = case.name if len(case.labels) == 1 else f"{case.name} rater {rater}"
+                scores[name] = score_masks(found.label_map, reference, names, scan.spacing_mm)
+                for label in found.labels:
+                    if label.volume_ml_interval90 is not None:
+                        low, high = label.volume_ml_interval90
+                        inside[label.value].append(low <= scores[name][label.value].reference_ml <= high)
+            if found.prediction.tally is not None:
+                agreements.append(agreement(found.prediction.tally))
+            if preview is not None and index == 0:
+                shown = {value: name for value, name in names.items() if value}
+                draw_preview(scan.array[0], found.label_map, found.uncertainty, scan.affine, shown, preview, case.name)
+            advance()
+    summary = summarize(scores, names)
+    if agreements:
+        keys, means = label_keys(names), np.mean(agreements, axis=0)
+        for index, value in enumerate(names):
+            if value:
+                summary["mean"][f"coverage90/{keys[value]}"] = float(np.mean(inside[value]))
+                summary["mean"][f"agreement/{keys[value]}"] = float(means[index])
+    return summary
+
+
+def choose_cases(root: Path, model: Model, which: str) -> tuple[Case, ...]:
+    """The cases of `val`, `train` (by the model's own split) or `all` of a data set whose labels fit. Raises UserError."""
+    dataset = read_dataset(root)
+    if dataset.labels != model.about.labels:
+        what = f"its labels are {dataset.labels}, and the model knows {model.about.labels}"
+        raise UserError(root, what, "Evaluate on a data set with the model's labels.")
+    data = model.about.config.data
+    training, validation = split(dataset, data.folds, data.fold)
+    match which:
+        case "val":
+            cases = validation
+        case "train":
+            cases = training
+        case "all":
+            cases = dataset.cases
+        case _:
+            raise UserError(f"--split {which}", "there is no such split", "Choose val, train or all.")
+    if not any(case.labels for case in cases):
+        raise UserError(root, f"no case of the split {which} has a label map", "Evaluate on labelled cases.")
+    return tuple(case for case in cases if case.labels)
+
+
+def evaluate_folders(predictions: Path, references: Path) -> dict[str, Any]:
+    """Scores label maps against those of the same name (with or without `_seg`). Raises UserError."""
+    pairs = _pairs(predictions, references)
+    values = {int(v) for pair in pairs.values() for path in pair for v in np.unique(read_label_map(path)[0])}
+    names = _names(references, values)
+    scores = {}
+    for name, (path, reference_path) in pairs.items():
+        (found, affine), (reference, reference_affine) = read_label_map(path), read_label_map(reference_path)
+        if found.shape != reference.shape or not np.allclose(affine, reference_affine, atol=1e-3):
+            what = f"its grid is not that of its reference (shapes {found.shape} and {reference.shape})"
+            raise UserError(path, what, "Compare masks on the same grid.")
+        scores[name] = score_masks(found, reference, names, spacing_of(reference_affine))
+    return summarize(scores, names)
+
+
+def run_evaluation(
+    model: Model | None,
+    sources: tuple[Path, Path | str],
+    out: Path,
+    *,
+    samples: int | None,
+    steps: int | None,
+    seed: int,
+    uri: str | None,
+) -> dict[str, Any]:
+    """Evaluates a model on (data set, split), or (predictions, references) without one; writes and tracks scores."""
+    if model is None:
+        predictions, references = map(Path, sources)
+        summary = evaluate_folders(predictions, references)
+        parameters: dict[str, Any] = {"predictions": str(predictions), "references": str(references)}
+        tracking, name = Tracking(), f"evaluate {predictions.name}"
+    else:
+        root, which = Path(sources[0]), str(sources[1])
+        cases = choose_cases(root, model, which)
+        out.mkdir(parents=True, exist_ok=True)
+        preview = out / "preview.png"
+        summary = evaluate_model(model, cases, samples=samples, steps=steps, seed=seed, preview=preview)
+        parameters = {"evaluate.data": str(root), "evaluate.split": which, **flatten(plain(model.about.config))}
+        tracking, name = model.about.config.tracking, f"evaluate {model.path.parent.name}"
+    paths = write_summary(summary, out)
+    tags = {} if model is None else {"model_digest": model.digest}
+    tracker = start_run(uri or tracking.uri, tracking.experiment, name, parameters, tags)
+    tracker.log(logged(summary), 0)
+    for path in [*paths, *out.glob("preview.png")]:
+        tracker.artifact(path)
+    tracker.finish(ok=True)
+    return summary
+
+
+def write_summary(summary: dict[str, Any], out: Path) -> list[Path]:
+    """`summary.json` and `cases.csv`."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / "summary.json", out / "cases.csv"]
+    writers: list[Callable[[Path], object]] = [
+        lambda path: path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n"),
+        lambda path: write_cases_csv(summary, path),
+    ]
+    for path, write in zip(paths, writers, strict=True):
+        with replacing(path) as temporary:
+            write(temporary)
+    return paths
+
+
+def logged(summary: dict[str, Any], prefix: str = "val") -> dict[str, float]:
+    """The means that are defined, as metrics: val/dice, val/dice/LABEL, ..."""
+    return {f"{prefix}/{name}": float(value) for name, value in summary["mean"].items() if value is not None}
+
+
+def _pairs(predictions: Path, references: Path) -> dict[str, tuple[Path, Path]]:
+    found, wanted = ({_stem(path): path for path in _maps(folder)} for folder in (predictions, references))
+    if not wanted:
+        raise UserError(references, "holds no label maps", "Name a folder of NIfTI, NRRD or MHA files.")
+    missing = sorted(wanted.keys() - found.keys())
+    if missing:
+        listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise UserError(predictions, f"has no mask for {listed}", "Give every reference a mask of the same name.")
+    return {name: (found[name], wanted[name]) for name in sorted(wanted)}
+
+
+def _maps(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(folder, "there is no such folder", "Name the folder that holds the label maps.")
+    other = ("_uncertainty", "_prob", "_samples", "_preview")
+    return [path for path in find_scans([folder]) if path.is_file() and not scan_name(path).endswith(other)]
+
+
+def _stem(path: Path) -> str:
+    return scan_name(path).removesuffix("_seg")
+
+
+def _names(references: Path, found: set[int]) -> dict[int, str]:
+    """Names from a data set's description beside the references, else the values themselves."""
+    values = sorted(found - {0})
+    for folder in (references, references.parent):
+        if (folder / "dataset.json").is_file():
+            known = read_dataset(folder).labels
+            return {0: "background"} | {value: known.get(value, str(value)) for value in values}
+    return {0: "background"} | {value: str(value) for value in values or [1]}

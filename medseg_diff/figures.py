@@ -1,0 +1,85 @@
+"""Figures of training and generation. Drawn without a display, the same bytes for the same content."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from medseg_diff.files import replacing
+
+PALETTE = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7", "#0072b2")
+"""Okabe and Ito's colours, told apart by colour-blind readers; the background first."""
+
+
+def draw_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path) -> None:
+    """Training loss on the left, validation scores on the right; `curves` maps a metric to steps and values."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    losses, scores = figure.subplots(1, 2)
+    for name, (steps, values) in curves.items():
+        if name.endswith("loss"):
+            losses.plot(steps, values, ".-" if len(steps) < 20 else "-", label=name, linewidth=1.2)
+        else:
+            scores.plot(steps, values, "o-", label=name)
+    losses.set(title="Loss", xlabel="step")
+    scores.set(title="Validation", xlabel="step")
+    for axes in (losses, scores):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_strip(panels: Sequence[tuple[str, np.ndarray]], path: Path, title: str) -> None:
+    """Pictures in a row, each with its caption: gray [rows, columns] or coloured [rows, columns, 3]."""
+    rows, columns = panels[0][1].shape[:2]
+    width = 1.9
+    figure = Figure(
+        figsize=(width * len(panels), width * rows / columns + 0.75), layout="constrained", facecolor="white"
+    )
+    for axes, (caption, picture) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        axes.imshow(picture, cmap="gray", interpolation="nearest", extent=(0, columns, rows, 0))
+        axes.set_title(caption, fontsize=10)
+        axes.set_axis_off()
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def draw_grid(images: Float[Tensor, "count *space"], path: Path) -> None:
+    """Generated images side by side; of volumes, the middle slice."""
+    slices = [np.rot90(_middle(image.numpy())) for image in images]
+    columns = int(np.ceil(np.sqrt(len(slices))))
+    rows = -(-len(slices) // columns)
+    low, high = np.percentile(np.stack(slices), [0.5, 99.5])
+    shape = slices[0].shape
+    canvas = np.full((rows * (shape[0] + 2) + 2, columns * (shape[1] + 2) + 2), low, np.float32)
+    for index, picture in enumerate(slices):
+        y, x = 2 + index // columns * (shape[0] + 2), 2 + index % columns * (shape[1] + 2)
+        canvas[y : y + shape[0], x : x + shape[1]] = picture
+    scale = max(1, round(900 / max(canvas.shape)))
+    figure = Figure(figsize=(canvas.shape[1] * scale / 100, canvas.shape[0] * scale / 100), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(canvas, cmap="gray", vmin=low, vmax=high, interpolation="bicubic", aspect="auto")
+    axes.set_axis_off()
+    _save(figure, path)
+
+
+def colours(probability: Float[np.ndarray, "classes rows columns"]) -> Float[np.ndarray, "rows columns 3"]:
+    """A soft mask as a mixture of its labels' colours."""
+    palette = np.array([to_rgb(PALETTE[index % len(PALETTE)]) for index in range(len(probability))])
+    return np.clip(np.einsum("krc,kd->rcd", probability, palette), 0, 1)
+
+
+def _middle(image: np.ndarray) -> np.ndarray:
+    return image if image.ndim == 2 else image[..., image.shape[-1] // 2]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100, metadata={"Software": None})

@@ -1,0 +1,224 @@
+"""A network over a whole scan: window by window, slice by slice, the same noise everywhere for the same sample."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from medseg_diff.checkpoint import Model
+from medseg_diff.datasets.slices import cut, with_neighbours
+from medseg_diff.device import autocast
+from medseg_diff.diffusion.masks import pool, to_analog
+from medseg_diff.diffusion.process import input_scale_wiener
+from medseg_diff.diffusion.sampler import sample
+from medseg_diff.diffusion.schedule import levels
+from medseg_diff.ensemble import Tally
+from medseg_diff.networks.conditional import STRIDE, Features
+
+ALIGN = 16
+"""Windows begin and end at multiples of this many voxels, so that every level of the network fits."""
+
+VOXELS_AT_ONCE = 2_000_000
+"""Voxels times samples (or slices) in one call; bounds the memory."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """On the network's grid: probabilities, counts of the samples, and the samples if they were kept."""
+
+    probabilities: Float[Tensor, "classes x y z"]
+    tally: Tally | None
+    samples: UInt8[np.ndarray, "samples x y z"] | None
+
+
+@dataclass(frozen=True)
+class Window:
+    """A box of the padded volume, and the core of it whose answers count; the cores tile the volume."""
+
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    core: tuple[slice, ...]
+
+
+@torch.inference_mode()
+def predict(
+    model: Model,
+    image: Float[Tensor, "channels x y z"],
+    *,
+    samples: int,
+    steps: int,
+    seed: int,
+    keep: np.ndarray | None = None,
+) -> Prediction:
+    """Mean probabilities and `samples` masks of a prepared scan; masks are written into `keep` where it is given."""
+    data, classes = model.about.config.data, len(model.about.labels)
+    drawing = model.about.config.network.kind == "conditional"
+    image = image.to(model.device)
+    axis = data.axis if data.spatial_dims == 2 else None
+    stack = image if axis is None else image.movedim(axis + 1, 1)
+    space = tuple(stack.shape[1:]) if axis is None else tuple(stack.shape[2:])
+    padded = tuple(-(-n // ALIGN) * ALIGN for n in space)
+    probabilities = torch.zeros(classes, *stack.shape[1:])
+    weights = torch.zeros(space)
+    tally = Tally.empty(samples, classes) if drawing else None
+    kept = keep if keep is None or axis is None else np.moveaxis(keep, axis + 1, 1)
+    noise = Noise(seed, classes, tuple(n // STRIDE for n in padded))
+
+    for window in windows(space, padded, data.size):
+        inside = tuple(slice(a, min(a + s, n)) for a, s, n in zip(window.start, window.size, space, strict=True))
+        within = tuple(slice(0, s.stop - s.start) for s in inside)
+        importance = _importance(window.size)[within]
+        weights[inside] += importance
+        for chosen in _slabs(stack.shape[1], window.size) if axis is not None else [slice(None)]:
+            batch = stack[None] if axis is None else with_neighbours(stack, data.neighbours, chosen)
+            with autocast(model.device, model.about.config.train.precision):
+                features = model.network.encode(cut(batch, window.start, window.size))
+            mean = features.mean_logits.softmax(1).cpu()[(..., *within)] * importance
+            where = inside if axis is None else (chosen, *inside)
+            probabilities[(slice(None), *where)] += mean[0] if axis is None else mean.movedim(1, 0)
+            if tally is None:
+                continue
+            core = tuple(slice(c.start - a, c.stop - a) for c, a in zip(window.core, window.start, strict=True))
+            target = window.core if axis is None else (chosen, *window.core)
+            drawn = torch.cat(
+                [
+                    _draw(model, features, noise, group, window, steps)[(..., *core)]
+                    for group in _groups(samples, features.mean_logits)
+                ]
+            )
+            drawn = drawn[:, 0] if axis is None else drawn
+            tally.add(drawn)
+            if kept is not None:
+                kept[(slice(None), *target)] = drawn.cpu().numpy()
+
+    probabilities /= weights
+    return Prediction(probabilities if axis is None else probabilities.movedim(1, axis + 1), tally, keep)
+
+
+class Noise:
+    """Standard normal maps on a volume's coarse grid, one a (sample, call): slices and windows share them."""
+
+    def __init__(self, seed: int, classes: int, coarse: tuple[int, ...]) -> None:
+        self.seed, self.classes, self.coarse = seed, classes, coarse
+
+    def __call__(self, sample_index: int, call: int, window: Window) -> Float[Tensor, "classes *coarse"]:
+        """The window's part. Drawn on the CPU, so that every device sees the same."""
+        generator = torch.Generator().manual_seed(_mix(self.seed, sample_index, call))
+        whole = torch.randn(self.classes, *self.coarse, generator=generator)
+        inside = zip(window.start, window.size, strict=True)
+        return whole[(slice(None), *(slice(a // STRIDE, (a + s) // STRIDE) for a, s in inside))]
+
+
+@torch.inference_mode()
+def trace(
+    model: Model, image: Float[Tensor, "channels x y z"], *, steps: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    """One sample of a whole prepared scan, call by call: the noisy mask [classes, *coarse] and the mask drawn from it.
+
+    Both cover the scan padded to multiples of ALIGN.
+    """
+    data, classes = model.about.config.data, len(model.about.labels)
+    axis = data.axis if data.spatial_dims == 2 else None
+    stack = image.to(model.device) if axis is None else image.to(model.device).movedim(axis + 1, 1)
+    space = stack.shape[1:] if axis is None else stack.shape[2:]
+    size = tuple(-(-n // ALIGN) * ALIGN for n in space)
+    window = Window((0,) * len(size), size, tuple(slice(0, n) for n in size))
+    batch = stack[None] if axis is None else with_neighbours(stack, data.neighbours)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def watch(x_t: Tensor, logits: Tensor) -> None:
+        maps = (x_t[0].cpu(), logits[0].softmax(1).cpu())
+        seen.append(tuple(m[0] if axis is None else m.movedim(0, axis + 1) for m in maps))
+
+    with autocast(model.device, model.about.config.train.precision):
+        features = model.network.encode(cut(batch, window.start, size))
+    noise = Noise(seed, classes, tuple(n // STRIDE for n in size))
+    _draw(model, features, noise, range(1), window, steps, watch)
+    return seen
+
+
+def windows(space: tuple[int, ...], padded: tuple[int, ...], size: tuple[int, ...]) -> list[Window]:
+    """One window where the padded volume is at most four times the training size; else windows that overlap by half."""
+    if np.prod(padded) <= 4 * np.prod(size):
+        size = padded
+    size = tuple(min(s, p) for s, p in zip(size, padded, strict=True))
+    starts = [_starts(p, s) for p, s in zip(padded, size, strict=True)]
+    cores = [_cores(a, s, n) for a, s, n in zip(starts, size, space, strict=True)]
+    pairs = [list(zip(a, c, strict=True)) for a, c in zip(starts, cores, strict=True)]
+    found = [tuple(zip(*corner, strict=True)) for corner in itertools.product(*pairs)]
+    return [Window(start, size, core) for start, core in found if all(c.start < c.stop for c in core)]
+
+
+def _starts(length: int, size: int) -> list[int]:
+    step = max(ALIGN, size // 2 // ALIGN * ALIGN)
+    return [*range(0, length - size, step), length - size]
+
+
+def _cores(starts: list[int], size: int, length: int) -> list[slice]:
+    """Every voxel belongs to one window: the borders lie in the middle of the overlaps."""
+    borders = [0, *((b + a + size) // 2 for a, b in itertools.pairwise(starts)), length]
+    return [slice(min(a, length), min(b, length)) for a, b in itertools.pairwise(borders)]
+
+
+def _importance(size: tuple[int, ...]) -> Float[Tensor, "*size"]:
+    """A Gaussian around the centre: where windows overlap, the middle of one counts more than the rim of another."""
+    result = torch.ones(())
+    for length in size:
+        distance = (torch.arange(length) - (length - 1) / 2) / (length / 4)
+        result = result[..., None] * torch.exp(-0.5 * distance**2).clamp_min(1e-3)
+    return result
+
+
+def _slabs(count: int, size: tuple[int, ...]) -> Iterator[slice]:
+    batch = max(1, VOXELS_AT_ONCE // int(np.prod(size)))
+    return (slice(a, min(a + batch, count)) for a in range(0, count, batch))
+
+
+def _groups(samples: int, logits: Tensor) -> Iterator[range]:
+    together = max(1, VOXELS_AT_ONCE // logits[:, 0].numel())
+    return (range(a, min(a + together, samples)) for a in range(0, samples, together))
+
+
+def _draw(
+    model: Model,
+    features: Features,
+    noise: Noise,
+    group: range,
+    window: Window,
+    steps: int,
+    watch: Callable[[Tensor, Tensor], None] = lambda x_t, logits: None,
+) -> UInt8[Tensor, "draws batch *space"]:
+    """Label indices of the samples in `group`, every slice of the batch with its volume's noise."""
+    diffusion = model.about.config.diffusion
+    batch = len(features.mean_logits)
+
+    def maps(call: int) -> Tensor:
+        drawn = torch.stack([noise(index, call, window) for index in group]).to(model.device)
+        return drawn[:, None].expand(-1, batch, *drawn.shape[1:])
+
+    logits = torch.empty(0)
+    call = 0
+
+    def denoise(x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+        nonlocal logits, call
+        z = x_t if alpha_bar == 0 else maps(2 * call)
+        call += 1
+        level = alpha_bar.to(x_t).expand(batch)
+        with autocast(model.device, model.about.config.train.precision):
+            logits = model.network.denoiser(features, input_scale_wiener(level[0], diffusion.scale) * x_t, level, z)
+        watch(x_t, logits)
+        coarse = pool(logits.softmax(2).flatten(0, 1), STRIDE)
+        return to_analog(coarse, diffusion.scale).unflatten(0, (-1, batch))
+
+    path = levels(diffusion.schedule, steps)
+    sample(denoise, maps(0), path, method="ddpm", noise=lambda call: maps(2 * call + 1))
+    return logits.argmax(2).to(torch.uint8)
+
+
+def _mix(*numbers: int) -> int:
+    """A seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

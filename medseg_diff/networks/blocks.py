@@ -1,0 +1,98 @@
+"""Blocks of the networks, for slices and volumes alike: `dims` is 2 or 3."""
+
+import itertools
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+GROUPS = 8
+
+
+def convolution(dims: int, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Module:
+    """A convolution padded so that stride 1 keeps the size and stride 2 halves it."""
+    kind = nn.Conv2d if dims == 2 else nn.Conv3d
+    return kind(inputs, outputs, kernel, stride=stride, padding=(kernel - 1) // 2)
+
+
+def upsample(x: Float[Tensor, "batch channels *space"], factor: int = 2) -> Float[Tensor, "batch channels *larger"]:
+    """Linear interpolation."""
+    mode = "bilinear" if x.ndim == 4 else "trilinear"
+    return functional.interpolate(x, scale_factor=factor, mode=mode, align_corners=False)
+
+
+def nearest(x: Float[Tensor, "batch channels *space"], factor: int = 2) -> Float[Tensor, "batch channels *larger"]:
+    """Repetition of every voxel."""
+    return functional.interpolate(x, scale_factor=factor, mode="nearest")
+
+
+class LevelEmbedding(nn.Module):
+    """A noise level as a vector: its angle on the circle (sqrt(abar), sqrt(1 - abar)), as waves, through two layers."""
+
+    def __init__(self, width: int, frequencies: int = 8) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.arange(1, frequencies + 1).float(), persistent=False)
+        self.layers = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+
+    def forward(self, alpha_bar: Float[Tensor, "batch"]) -> Float[Tensor, "batch width"]:
+        """alpha_bar in [0, 1]."""
+        angle = torch.acos(alpha_bar.clamp(0, 1).sqrt()) * (2 / math.pi)
+        phase = math.pi * angle[:, None] * self.frequencies
+        return self.layers(torch.cat([phase.sin(), phase.cos()], dim=1))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions beside a skip; the second starts at zero. An embedding scales and shifts between them (FiLM)."""
+
+    def __init__(self, dims: int, inputs: int, outputs: int, embedding: int = 0) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(GROUPS, inputs), convolution(dims, inputs, outputs)
+        self.norm2, self.conv2 = nn.GroupNorm(GROUPS, outputs), convolution(dims, outputs, outputs)
+        self.skip = nn.Identity() if inputs == outputs else convolution(dims, inputs, outputs, kernel=1)
+        self.film = nn.Linear(embedding, 2 * outputs) if embedding else None
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(
+        self, x: Float[Tensor, "batch inputs *space"], embedding: Float[Tensor, "batch width"] | None = None
+    ) -> Float[Tensor, "batch outputs *space"]:
+        """Same size out as in."""
+        h = self.norm2(self.conv1(functional.silu(self.norm1(x))))
+        if self.film is not None:
+            scale, shift = self.film(embedding).reshape(len(x), -1, *(1,) * (x.ndim - 2)).chunk(2, dim=1)
+            h = h * (1 + scale) + shift
+        return self.skip(x) + self.conv2(functional.silu(h))
+
+
+class UNet(nn.Module):
+    """Residual U-Net without a head: returns the decoder's feature maps, the finest first.
+
+    Ronneberger et al. 2015 in outline; strided convolutions down, nearest neighbour and 1 x 1 convolution up.
+    """
+
+    def __init__(self, dims: int, inputs: int, widths: tuple[int, ...], embedding: int = 0) -> None:
+        super().__init__()
+        self.stem = convolution(dims, inputs, widths[0])
+        self.encoder = nn.ModuleList(ResidualBlock(dims, w, w, embedding) for w in widths)
+        pairs = list(itertools.pairwise(widths))
+        self.down = nn.ModuleList(convolution(dims, fine, coarse, stride=2) for fine, coarse in pairs)
+        self.up = nn.ModuleList(convolution(dims, coarse, fine, kernel=1) for fine, coarse in pairs)
+        self.decoder = nn.ModuleList(ResidualBlock(dims, 2 * fine, fine, embedding) for fine, _ in pairs)
+
+    def forward(
+        self, x: Float[Tensor, "batch inputs *space"], embedding: Float[Tensor, "batch width"] | None = None
+    ) -> list[Tensor]:
+        """Every length of `space` is a multiple of 2 ** (levels - 1)."""
+        h, skips = self.stem(x), []
+        for block, down in zip(self.encoder, [*self.down, None], strict=True):
+            h = block(h, embedding)
+            skips.append(h)
+            h = down(h) if down is not None else h
+        features = [h]
+        for level in reversed(range(len(self.decoder))):
+            h = torch.cat([nearest(self.up[level](h)), skips[level]], dim=1)
+            h = self.decoder[level](h, embedding)
+            features.insert(0, h)
+        return features

@@ -1,0 +1,222 @@
+"""A scan to its mask, its uncertainty and a report: `medseg-diff segment`."""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+
+from medseg_diff import __version__
+from medseg_diff.checkpoint import Model
+from medseg_diff.console import progress, say
+from medseg_diff.datasets.pipeline import prepare, restore
+from medseg_diff.ensemble import Tally, agreement, interval90
+from medseg_diff.errors import UserError
+from medseg_diff.files import replacing
+from medseg_diff.inference import Prediction, predict
+from medseg_diff.scans.preview import draw_preview
+from medseg_diff.scans.read import Scan, read_scan
+from medseg_diff.scans.write import write_dicom_seg, write_nifti, write_seg_nrrd
+
+ITEMS = ("seg", "prob", "uncertainty", "samples", "preview", "report", "dicom-seg", "seg-nrrd")
+DEFAULT_ITEMS = ("seg", "uncertainty", "preview", "report")
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """What is said of a label; interval and agreement are null where the model draws no samples."""
+
+    value: int
+    name: str
+    volume_ml: float
+    volume_ml_interval90: tuple[float, float] | None
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A label map with the data set's own values, on the scan's grid, and all that is known about it."""
+
+    label_map: Integer[np.ndarray, "x y z"]
+    uncertainty: Float[np.ndarray, "x y z"]
+    labels: tuple[LabelReport, ...]
+    prediction: Prediction
+    affine: Float[torch.Tensor, "4 4"]
+
+
+def segment_scan(
+    model: Model, scan: Scan, *, samples: int, steps: int, seed: int, keep: Path | None = None
+) -> Segmentation:
+    """The most probable label of every voxel, and 1 - its probability as the uncertainty.
+
+    `keep` is a folder for the sampled masks; without it they are counted and forgotten.
+    """
+    prepared = prepare(scan, model.about.preprocessing)
+    image, affine = prepared.as_tensor(), prepared.affine
+    values, grid = list(model.about.labels), tuple(image.shape[1:])
+    kept = None if keep is None else np.memmap(keep / "samples", np.uint8, "w+", shape=(samples, *grid))
+    if (scan.array == scan.array[:, :1, :1, :1]).all():
+        prediction = _nothing(len(values), samples, grid, kept)
+    else:
+        prediction = predict(model, image, samples=samples, steps=steps, seed=seed, keep=kept)
+    best, label_map = np.full(scan.shape, -1, np.float32), np.zeros(scan.shape, _dtype(values))
+    for value, frame in zip(values, probability_frames(prediction, affine, scan), strict=True):
+        better = frame > best
+        label_map[better] = value
+        np.maximum(best, frame, out=best)
+    labels = _label_reports(model.about.labels, label_map, scan.voxel_ml, prediction, _voxel_ml(affine))
+    return Segmentation(label_map, np.clip(1 - best, 0, 1), labels, prediction, affine)
+
+
+def probability_frames(
+    prediction: Prediction, affine: torch.Tensor, scan: Scan
+) -> Iterator[Float[np.ndarray, "x y z"]]:
+    """The probability of each class on the scan's grid, one class at a time."""
+    return (restore(volume, affine, scan) for volume in prediction.probabilities)
+
+
+def sample_frames(
+    segmentation: Segmentation, values: Sequence[int], scan: Scan
+) -> Iterator[Integer[np.ndarray, "x y z"]]:
+    """Each sampled mask on the scan's grid: class by class, thresholded last."""
+    assert segmentation.prediction.samples is not None
+    for mask in segmentation.prediction.samples:
+        best, label_map = np.zeros(scan.shape, np.float32), np.full(scan.shape, values[0], _dtype(values))
+        for index, value in enumerate(values):
+            frame = restore(torch.from_numpy(mask == index), segmentation.affine, scan)
+            label_map[frame > best] = value
+            np.maximum(best, frame, out=best)
+        yield label_map
+
+
+def segment_files(
+    scans: Sequence[Path],
+    model: Model,
+    out: Path,
+    *,
+    samples: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    items: Sequence[str] = DEFAULT_ITEMS,
+) -> tuple[list[dict[str, Any]], list[UserError]]:
+    """Segments scan after scan into `out`; the reports of what was written, and the errors of what was refused."""
+    _check_items(items, model)
+    reports, refused = [], []
+    settings = model.about.config.segment
+    drawing = model.about.config.network.kind == "conditional"
+    count = (samples or settings.samples) if drawing else 0
+    with progress("segmenting", len(scans)) as advance:
+        for path in scans:
+            try:
+                reports.append(_segment_file(path, model, out, count, steps or settings.steps, seed, items))
+            except UserError as error:
+                say(f"refused: {error}")
+                refused.append(error)
+            advance()
+    return reports, refused
+
+
+def _segment_file(
+    path: Path, model: Model, out: Path, samples: int, steps: int, seed: int, items: Sequence[str]
+) -> dict[str, Any]:
+    begin = time.perf_counter()
+    scan = read_scan(path, len(model.about.channels))
+    for warning in scan.warnings:
+        say(f"warning: {scan.path}: {warning}")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".samples-") as folder:
+        keep = Path(folder) if "samples" in items else None
+        found = segment_scan(model, scan, samples=samples, steps=steps, seed=seed, keep=keep)
+        report = {
+            "scan": str(scan.path),
+            "model": {"path": str(model.path), "digest": model.digest, "version": model.about.version},
+            "program": __version__,
+            "seed": seed,
+            "samples": samples,
+            "steps": steps,
+            "seconds": round(time.perf_counter() - begin, 3),
+            "warnings": list(scan.warnings),
+            "uncertainty": "1 - probability of the reported label",
+            "labels": [asdict(label) for label in found.labels],
+        }
+        report["written"] = [str(_write(item, found, scan, model, out, report)) for item in items]
+    return report
+
+
+def _write(item: str, found: Segmentation, scan: Scan, model: Model, out: Path, report: dict[str, Any]) -> Path:
+    names, values = model.about.labels, list(model.about.labels)
+    foreground = {value: name for value, name in names.items() if value}
+    suffixes = {"preview": ".png", "report": ".json", "dicom-seg": ".dcm", "seg-nrrd": ".seg.nrrd"}
+    path = out / f"{scan.name}_{item}{suffixes.get(item, '.nii.gz')}"
+    match item:
+        case "seg":
+            write_nifti([found.label_map], scan, path, found.label_map.dtype)
+        case "uncertainty":
+            write_nifti([found.uncertainty], scan, path, np.float32)
+        case "prob":
+            frames = probability_frames(found.prediction, found.affine, scan)
+            write_nifti(frames, scan, path, np.float32, count=len(values))
+        case "samples":
+            frames = sample_frames(found, values, scan)
+            write_nifti(frames, scan, path, found.label_map.dtype, count=report["samples"])
+        case "preview":
+            draw_preview(scan.array[0], found.label_map, found.uncertainty, scan.affine, foreground, path, scan.name)
+        case "report":
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+        case "dicom-seg":
+            path = out / f"{scan.name}_seg.dcm"
+            write_dicom_seg(found.label_map, scan, foreground, path)
+        case "seg-nrrd":
+            path = out / f"{scan.name}.seg.nrrd"
+            write_seg_nrrd(found.label_map, scan, foreground, path)
+    return path
+
+
+def _check_items(items: Sequence[str], model: Model) -> None:
+    unknown = [item for item in items if item not in ITEMS]
+    if unknown or not items:
+        raise UserError(
+            f"--save {','.join(items)}", f"unknown item {', '.join(unknown)}", f"Choose from {', '.join(ITEMS)}."
+        )
+    if "samples" in items and model.about.config.network.kind != "conditional":
+        raise UserError("--save samples", "this model is deterministic, it draws no samples", "Leave samples out.")
+
+
+def _label_reports(
+    names: dict[int, str], label_map: np.ndarray, voxel_ml: float, prediction: Prediction, grid_voxel_ml: float
+) -> tuple[LabelReport, ...]:
+    tally = prediction.tally
+    agreements = None if tally is None else agreement(tally)
+    found = []
+    for index, (value, name) in enumerate(names.items()):
+        if value == 0:
+            continue
+        volume = float(np.count_nonzero(label_map == value)) * voxel_ml
+        interval = None if tally is None else interval90(tally.counts[:, index].numpy() * grid_voxel_ml, volume)
+        found.append(
+            LabelReport(value, name, volume, interval, None if agreements is None else float(agreements[index]))
+        )
+    return tuple(found)
+
+
+def _nothing(classes: int, samples: int, grid: tuple[int, ...], kept: np.ndarray | None) -> Prediction:
+    """The answer for a scan without contrast: background, and no opinion from a network that saw nothing."""
+    probabilities = torch.zeros(classes, *grid)
+    probabilities[0] = 1
+    tally = Tally.empty(samples, classes) if samples else None
+    return Prediction(probabilities, tally, kept)
+
+
+def _voxel_ml(affine: torch.Tensor) -> float:
+    return float(torch.linalg.det(affine[:3, :3].double()).abs()) / 1000
+
+
+def _dtype(values: Sequence[int]) -> type[np.integer]:
+    return np.uint8 if min(values) >= 0 and max(values) <= 255 else np.int16
