@@ -80,7 +80,8 @@ def draw_preview(
 
     colors = label_colors(names)
     plane, marks = PLANES[view.axis]
-    write(GAP, 30, title if len(title) <= 80 else title[:79] + "…", size=18, weight="bold")
+    room = int(total[0] / 16)
+    write(GAP, 30, title if len(title) <= room else title[: room - 1] + "…", size=18, weight="bold")
     for column, index in enumerate(view.slices):
         left, masks = GAP + column * (width + GAP), view.cut(label_map, index)
         write(left + width / 2, TOP - 16, f"{plane}, slice {index + 1} of {view.count}", FAINT, ha="center")

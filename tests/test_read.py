@@ -1,0 +1,370 @@
+import gzip
+import itertools
+import os
+import struct
+import time
+import tracemalloc
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from medseg_diff.errors import UserError
+from medseg_diff.scans.read import find_scans, read_label_map, read_scan, scan_name
+
+RAMP = np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6)
+OBLIQUE = nib.affines.from_matvec(
+    nib.eulerangles.euler2mat(0.3, -0.2, 0.5) @ np.diag([0.7, 1.1, 2.5]), [-31.0, 12.5, 7.0]
+)
+
+
+def nifti(values=RAMP, affine=OBLIQUE, version=1, order="<", tail=b"", extension=b"", **fields) -> bytes:
+    """The bytes of a NIfTI file with any header field set to anything."""
+    header = (nib.Nifti1Header if version == 1 else nib.Nifti2Header)(endianness=order)
+    header.set_data_dtype(values.dtype.newbyteorder(order))
+    header.set_data_shape(values.shape)
+    header.set_sform(affine, 1)
+    header.set_qform(affine, 1)
+    header.set_xyzt_units("mm")
+    header["vox_offset"] = header["sizeof_hdr"] + 4 + len(extension)
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            for index, number in value.items():
+                header[name][index] = number
+        else:
+            header[name] = value
+    voxels = values.astype(values.dtype.newbyteorder(order)).tobytes(order="F")
+    return (
+        header.binaryblock
+        + (extension[:4] or bytes(4))
+        + (extension[4:] + bytes(4) if extension else b"")
+        + voxels
+        + tail
+    )
+
+
+def write(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def refusal(path: Path, channels: int = 1) -> str:
+    """The message of the refusal, which names the file and says what to do, fast and with little memory."""
+    tracemalloc.start()
+    start = time.perf_counter()
+    with pytest.raises(UserError) as caught:
+        read_scan(path, channels)
+    assert time.perf_counter() - start < 2
+    assert tracemalloc.get_traced_memory()[1] < 150e6
+    tracemalloc.stop()
+    assert path.name in str(caught.value)
+    assert len(caught.value.advice) > 10
+    return caught.value.what
+
+
+def only_warning(path: Path) -> str:
+    (warning,) = read_scan(path).warnings
+    return warning
+
+
+def test_a_scan_is_what_nibabel_reads(tmp_path):
+    path = tmp_path / "knee.nii.gz"
+    nib.save(nib.Nifti1Image(RAMP.astype(np.int16), OBLIQUE), path)
+    scan = read_scan(path)
+    assert scan.name == "knee"
+    assert scan.kind == "nifti"
+    assert scan.shape == (4, 5, 6)
+    assert scan.array.flags.c_contiguous
+    np.testing.assert_array_equal(scan.array[0], RAMP)
+    np.testing.assert_allclose(scan.affine, OBLIQUE, atol=1e-5)
+    np.testing.assert_allclose(scan.spacing_mm, (0.7, 1.1, 2.5), rtol=1e-6)
+    assert scan.voxel_ml == pytest.approx(0.7 * 1.1 * 2.5 / 1000)
+    assert scan.warnings == ()
+
+
+@pytest.mark.parametrize("content", [nifti(), nifti(order=">"), nifti(version=2), nifti(version=2, order=">")])
+@pytest.mark.parametrize("packed", [bytes, gzip.compress])
+def test_versions_byte_orders_and_gzip_members_read_the_same(tmp_path, content, packed):
+    suffix = "nii" if packed is bytes else "nii.gz"
+    scan = read_scan(write(tmp_path, f"a.{suffix}", packed(content)))
+    np.testing.assert_array_equal(scan.array[0], RAMP)
+    np.testing.assert_allclose(scan.affine, OBLIQUE, atol=1e-5)
+    assert scan.warnings == ()
+
+
+def test_concatenated_gzip_members_read_as_one(tmp_path):
+    content = nifti()
+    scan = read_scan(write(tmp_path, "a.nii.gz", gzip.compress(content[:500]) + gzip.compress(content[500:])))
+    np.testing.assert_array_equal(scan.array[0], RAMP)
+    assert scan.warnings == ()
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
+def test_every_number_type_gives_the_same_values(tmp_path, dtype):
+    scan = read_scan(write(tmp_path, "a.nii", nifti(RAMP.astype(dtype))))
+    np.testing.assert_array_equal(scan.array[0], RAMP)
+
+
+def test_scaling_is_applied(tmp_path):
+    path = write(tmp_path, "a.nii", nifti(RAMP.astype(np.int16), scl_slope=-0.5, scl_inter=10))
+    np.testing.assert_array_equal(read_scan(path).array[0], 10 - 0.5 * RAMP)
+
+
+def test_zero_slope_means_unscaled(tmp_path):
+    scan = read_scan(write(tmp_path, "a.nii", nifti(scl_slope=0, scl_inter=7)))
+    np.testing.assert_array_equal(scan.array[0], RAMP)
+
+
+SHEAR = np.eye(4) + 0.2 * np.eye(4, k=1) * [0, 1, 0, 0]
+GOOD = gzip.compress(nifti(), mtime=0)
+CLAIM = {"dim": {1: 32767, 2: 32767, 3: 32767}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("empty.nii.gz", b"", "empty"),
+        ("empty.nii", b"", "empty"),
+        ("text.nii.gz", b"not a scan", "not a NIfTI"),
+        ("text.nii", b"not a scan " * 100, "not a NIfTI"),
+        ("half.nii.gz", GOOD[: len(GOOD) // 2], "too early"),
+        ("cut_in_checksum.nii.gz", GOOD[:-4], "too early"),
+        ("cut.nii", nifti()[:-1], "ends after 479 of the 480 bytes"),
+        ("flipped.nii.gz", GOOD[:60] + bytes([GOOD[60] ^ 16]) + GOOD[61:], "damaged"),
+        ("wrong_crc.nii.gz", GOOD[:-8] + bytes(4) + GOOD[-4:], "damaged"),
+        ("wrong_size.nii.gz", GOOD[:-4] + struct.pack("<I", 99), "damaged"),
+        ("twice.nii.gz", gzip.compress(GOOD), "compressed twice"),
+        ("short.nii.gz", gzip.compress(nifti()[:-100]), "ends after 380 of the 480 bytes"),
+        ("claims.nii.gz", gzip.compress(nifti(**CLAIM)), "more than the 1073741824"),
+        ("claims_just_legal.nii.gz", gzip.compress(nifti(dim={1: 1024, 2: 1024, 3: 1024})), "ends after 480 of"),
+        ("bomb.nii.gz", gzip.compress(nifti() + bytes(1 << 26), 1), "far more data"),
+        ("magic.nii", nifti(magic=b"n+3"), "not a NIfTI"),
+        ("pair.nii", nifti(magic=b"ni1"), "pair"),
+        ("sizeof_hdr.nii", nifti(sizeof_hdr=0), "not a NIfTI"),
+        ("far.nii", nifti(vox_offset=1e9), "start at byte 1e+09"),
+        ("negative.nii", nifti(vox_offset=-16), "start at byte -16"),
+        ("nan.nii", nifti(vox_offset=np.nan), "start at byte nan"),
+        ("dim0.nii", nifti(dim={0: 0}), "dimensions are impossible"),
+        ("dim9.nii", nifti(dim={0: 9}), "dimensions are impossible"),
+        ("no_rows.nii", nifti(dim={1: 0}), "dimensions are impossible"),
+        ("minus.nii", nifti(dim={2: -5}), "dimensions are impossible"),
+        ("datatype.nii", nifti(datatype=9999), "unknown (datatype 9999)"),
+        ("bitpix.nii", nifti(bitpix=8), "8 bits a voxel"),
+        ("complex.nii", nifti(RAMP.astype(np.complex64)), "complex"),
+        ("rgb.nii", nifti(datatype=128, bitpix=24), "RGB"),
+        ("extension.nii", nifti(extension=b"\1\0\0\0" + struct.pack("<iI", 2**31 - 16, 6)), "extension of 2147483632"),
+        ("nan_spacing.nii", nifti(pixdim={2: np.nan}), "voxel size"),
+        ("zero_spacing.nii", nifti(pixdim={3: 0}), "voxel size"),
+        ("flat.nii", nifti(srow_y=[0, 0, 0, 0], srow_z=[0, 1, 2, 0]), "singular"),
+        ("singular.nii", nifti(srow_x=[1, 1, 0, 0], srow_y=[1, 1, 0, 0], srow_z=[0, 0, 1, 0]), "singular"),
+        ("nan_affine.nii", nifti(srow_x=[np.nan, 0, 0, 0]), "NaN"),
+        ("quaternion.nii", nifti(quatern_b=2.0), "quaternion"),
+        ("fine.nii", nifti(affine=np.diag([0.01, 1, 1, 1])), "0.01 x 1 x 1 mm"),
+        ("coarse.nii", nifti(affine=np.diag([1, 100, 1, 1])), "1 x 100 x 1 mm"),
+        ("wrong_metres.nii", nifti(affine=np.eye(4), xyzt_units=1), "1000 x 1000 x 1000 mm"),
+        ("three.nii", nifti(np.stack([RAMP] * 3, -1)), "3 volumes where 1 is read"),
+        ("all_nan.nii", nifti(RAMP * np.nan), "every voxel is NaN"),
+    ],
+)
+def test_refused(tmp_path, name, content, what):
+    assert what in refusal(write(tmp_path, name, content))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "warning"),
+    [
+        ("junk.nii.gz", GOOD + b"junk", "junk after"),
+        ("not_gzip.nii.gz", nifti(), "not compressed"),
+        ("gzip.nii", GOOD, "compressed, whatever its name"),
+        ("longer.nii", nifti(tail=bytes(7)), "7 bytes after the voxels"),
+        ("negative.nii", nifti(pixdim={1: -0.7}), "negative voxel sizes"),
+        ("disagree.nii", nifti(qoffset_x=5), "sform and qform disagree"),
+        ("codes.nii", nifti(sform_code=0, qform_code=0), "qform_code are 0"),
+        ("sheared.nii", nifti(affine=OBLIQUE @ SHEAR, qform_code=0), "sheared"),
+        ("slope.nii", nifti(scl_slope=np.inf), "unscaled"),
+        ("zero.nii", nifti(RAMP * 0), "same value, 0"),
+        ("constant.nii", nifti(RAMP * 0 + 5), "same value, 5"),
+    ],
+)
+def test_read_with_a_warning(tmp_path, name, content, warning):
+    assert warning in only_warning(write(tmp_path, name, content))
+
+
+def test_zero_padding_after_gzip_is_no_junk(tmp_path):
+    assert read_scan(write(tmp_path, "a.nii.gz", GOOD + bytes(512))).warnings == ()
+
+
+def test_negative_voxel_size_keeps_the_orientation(tmp_path):
+    scan = read_scan(write(tmp_path, "a.nii", nifti(pixdim={1: -0.7}, sform_code=0)))
+    np.testing.assert_allclose(scan.affine, OBLIQUE, atol=1e-5)
+
+
+def test_the_sform_is_the_one_used(tmp_path):
+    scan = read_scan(write(tmp_path, "a.nii", nifti(qoffset_x=5)))
+    np.testing.assert_allclose(scan.affine, OBLIQUE, atol=1e-5)
+
+
+@pytest.mark.parametrize(("unit", "factor"), [(1, 1e-3), (3, 1e3)])
+def test_metres_and_micrometres_become_mm(tmp_path, unit, factor):
+    path = write(tmp_path, "a.nii", nifti(affine=np.diag([factor, factor, factor, 1]) @ OBLIQUE, xyzt_units=unit))
+    scan = read_scan(path)
+    np.testing.assert_allclose(scan.affine, OBLIQUE, rtol=1e-5, atol=1e-4)
+    assert "metre" in scan.warnings[0]
+
+
+def test_nan_and_infinity_become_the_nearest_finite_value(tmp_path):
+    values = RAMP.copy()
+    values[1, 1, 1], values[2, 2, 2], values[3, 3, 3] = np.nan, np.inf, -np.inf
+    values[0, 0, 0] = 0.5
+    scan = read_scan(write(tmp_path, "a.nii", nifti(values)))
+    assert "3 voxels were NaN or infinite" in scan.warnings[0]
+    assert scan.array[0, 1, 1, 1] == 0.5
+    assert scan.array[0, 2, 2, 2] == RAMP.max()
+    assert scan.array[0, 3, 3, 3] == 0.5
+
+
+def test_huge_values_keep_their_contrast_and_can_be_squared(tmp_path):
+    scan = read_scan(write(tmp_path, "a.nii", nifti(RAMP.astype(np.float64) * 1e306)))
+    assert "huge" in scan.warnings[0]
+    assert np.isfinite(np.square(scan.array).sum(dtype=np.float32))
+    assert np.corrcoef(scan.array.ravel(), RAMP.ravel())[0, 1] > 0.999
+
+
+def test_one_huge_value_does_not_flatten_the_others(tmp_path):
+    values = np.arange(1000, dtype=np.float64).reshape(10, 10, 10)
+    values[0, 0, 0] = 1e308
+    scan = read_scan(write(tmp_path, "a.nii", nifti(values)))
+    assert scan.array[0, 0, 0, 0] == np.float32(1e12)
+    np.testing.assert_array_equal(scan.array.ravel()[1:], np.arange(1, 1000))
+
+
+def test_channels_come_first_and_must_match(tmp_path):
+    path = write(tmp_path, "a.nii", nifti(np.stack([RAMP, RAMP + 1], -1)))
+    scan = read_scan(path, channels=2)
+    np.testing.assert_array_equal(scan.array[1], RAMP + 1)
+    assert scan.shape == RAMP.shape
+    assert "2 volumes where 3 are read" in refusal(path, channels=3)
+    assert "1 volumes where 2 are read" in refusal(write(tmp_path, "b.nii", nifti()), channels=2)
+
+
+def test_one_frame_is_squeezed_and_a_flat_image_is_one_thick(tmp_path):
+    assert read_scan(write(tmp_path, "a.nii", nifti(RAMP[..., None]))).shape == (4, 5, 6)
+    assert read_scan(write(tmp_path, "b.nii", nifti(RAMP[:, :, 0]))).shape == (4, 5, 1)
+
+
+def test_no_hang_on_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo.nii.gz")
+    (tmp_path / "folder.nii.gz").mkdir()
+    (tmp_path / "broken.nii.gz").symlink_to(tmp_path / "nowhere")
+    assert "neither a file" in refusal(tmp_path / "fifo.nii.gz")
+    assert "no DICOM image" in refusal(tmp_path / "folder.nii.gz")
+    assert "does not exist" in refusal(tmp_path / "broken.nii.gz")
+    assert "does not exist" in refusal(tmp_path / "absent.nii.gz")
+    assert "kind is not known" in refusal(write(tmp_path, "a.jpg", b"x"))
+
+
+def image() -> sitk.Image:
+    result = sitk.GetImageFromArray(RAMP.astype(np.int16).transpose(2, 1, 0))
+    lps = np.diag([-1, -1, 1, 1]) @ OBLIQUE
+    result.SetSpacing((0.7, 1.1, 2.5))
+    result.SetDirection((lps[:3, :3] / [0.7, 1.1, 2.5]).ravel())
+    result.SetOrigin(lps[:3, 3])
+    return result
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("suffix", ["nrrd", "mha", "mhd"])
+def test_nrrd_and_mha_lie_where_the_nifti_lies(tmp_path, suffix, compress):
+    path = tmp_path / f"a.{suffix}"
+    sitk.WriteImage(image(), path, useCompression=compress)
+    scan = read_scan(path)
+    assert scan.kind == ("nrrd" if suffix == "nrrd" else "mha")
+    np.testing.assert_array_equal(scan.array[0], RAMP)
+    np.testing.assert_allclose(scan.affine, OBLIQUE, atol=1e-5)
+    np.testing.assert_allclose(scan.header.get_best_affine(), OBLIQUE, atol=1e-5)
+    assert scan.warnings == ()
+
+
+@pytest.mark.parametrize("suffix", ["nrrd", "mha"])
+def test_damaged_nrrd_and_mha_are_refused(tmp_path, suffix):
+    sitk.WriteImage(image(), tmp_path / f"a.{suffix}", useCompression=True)
+    good = (tmp_path / f"a.{suffix}").read_bytes()
+    start = good.index(b"\n\n" if suffix == "nrrd" else b"LOCAL\n") + 40
+    flipped = good[:start] + bytes([good[start] ^ 16]) + good[start + 1 :]
+    assert "damaged" in refusal(write(tmp_path, f"flipped.{suffix}", flipped))
+    assert "too early" in refusal(write(tmp_path, f"half.{suffix}", good[: start + 20]))
+    assert "damaged" in refusal(write(tmp_path, f"empty.{suffix}", b""))
+    assert "damaged" in refusal(write(tmp_path, f"text.{suffix}", b"not a scan"))
+    wide = good.replace(b"4 5 6", b"9000 9000 9000", 1)
+    assert "more than the 1073741824" in refusal(write(tmp_path, f"wide.{suffix}", wide))
+    longer = good.replace(b"4 5 6", b"4 5 5", 1)
+    assert "do not fill" in refusal(write(tmp_path, f"longer.{suffix}", longer))
+
+
+def test_an_mhd_reads_no_file_from_elsewhere(tmp_path):
+    path = tmp_path / "a.mhd"
+    sitk.WriteImage(image(), path)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "a.raw").rename(tmp_path / "secret/a.raw")
+    path.write_text(path.read_text().replace("a.raw", "secret/a.raw"))
+    assert "not beside it" in refusal(path)
+
+
+def test_a_gray_png_is_one_voxel_thick(tmp_path):
+    path = tmp_path / "x.png"
+    sitk.WriteImage(sitk.GetImageFromArray(RAMP[:, :, 0].astype(np.uint16).T), path)
+    scan = read_scan(path)
+    np.testing.assert_array_equal(scan.array[0, :, :, 0], RAMP[:, :, 0])
+    assert "1 mm is assumed" in scan.warnings[0]
+    color = tmp_path / "color.png"
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 4, 3), np.uint8), isVector=True), color)
+    assert "3 values a voxel" in refusal(color)
+
+
+def test_label_maps_are_whole_numbers(tmp_path):
+    labels = (RAMP.astype(np.int64) % 3) * 200
+    values, affine = read_label_map(write(tmp_path, "a.nii", nifti(labels.astype(np.float64))))
+    np.testing.assert_array_equal(values, labels)
+    assert values.dtype == np.int16
+    np.testing.assert_allclose(affine, OBLIQUE, atol=1e-5)
+    values, _ = read_label_map(write(tmp_path, "b.nii", nifti(labels.astype(np.int32) + 2**24 + 1)))
+    np.testing.assert_array_equal(values, labels + 2**24 + 1)
+    for name, bad in {"half": labels + 0.5, "nan": labels * np.nan, "huge": labels + 1e12}.items():
+        with pytest.raises(UserError, match=f"{name}.nii: it is no label map"):
+            read_label_map(write(tmp_path, f"{name}.nii", nifti(bad.astype(np.float64))))
+    with pytest.raises(UserError, match="2 volumes"):
+        read_label_map(write(tmp_path, "frames.nii", nifti(np.stack([RAMP, RAMP], -1))))
+
+
+def test_names(tmp_path):
+    (tmp_path / "series.v2").mkdir()
+    assert [scan_name(Path(p)) for p in ("a/knee.nii.gz", "knee.v2.nrrd", "K.NII.GZ", "s.zip")] == [
+        "knee",
+        "knee.v2",
+        "K",
+        "s",
+    ]
+    assert scan_name(tmp_path / "series.v2") == "series.v2"
+
+
+def test_a_folder_stands_for_its_scans(tmp_path):
+    for name in ("b.nii.gz", "a.mha", "notes.txt", ".hidden.nii"):
+        write(tmp_path, name, b"")
+    (tmp_path / "empty").mkdir()
+    assert find_scans([tmp_path]) == [tmp_path / "a.mha", tmp_path / "b.nii.gz"]
+    assert find_scans([tmp_path / "empty", tmp_path / "absent.nii"]) == [tmp_path / "empty", tmp_path / "absent.nii"]
+    write(tmp_path, "a.nrrd", b"")
+    with pytest.raises(UserError, match="would overwrite"):
+        find_scans([tmp_path])
+
+
+def test_a_real_scan_reads_as_nibabel_reads_it(hippocampus):
+    for path in itertools.islice(sorted((hippocampus / "imagesTr").glob("*.nii.gz")), 5):
+        scan, oracle = read_scan(path), nib.load(path)
+        np.testing.assert_array_equal(scan.array[0], oracle.get_fdata(dtype=np.float32))
+        np.testing.assert_array_equal(scan.affine, oracle.affine)
+        assert scan.warnings == ()
