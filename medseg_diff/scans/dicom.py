@@ -144,11 +144,12 @@ def _read_slice(where: Path, path: Path) -> Slice | None:
     try:
         # pydicom's warnings and errors quote the values that they dislike, so none of them is shown.
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
-            syntax = str(read_file_meta_info(path).TransferSyntaxUID)
+            meta = read_file_meta_info(path)
+            syntax = str(meta.TransferSyntaxUID)
             if syntax not in (IMPLICIT, EXPLICIT, BIG_ENDIAN, *COMPRESSED):
                 raise UserError(where, f"its transfer syntax {syntax} cannot be decoded", CONVERT)
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
-            if "Rows" not in header:
+            if "Rows" not in header and "Image Storage" not in meta.MediaStorageSOPClassUID.name:
                 return None
             if int(header.get("NumberOfFrames") or 1) > 1 or not header.PhotometricInterpretation.startswith("MONO"):
                 raise UserError(where, "it holds several frames or colours, not one gray slice", CONVERT)

@@ -18,7 +18,7 @@ from matplotlib.patheffects import withStroke
 from medseg_diff.scans.geometry import spacing_of
 from medseg_diff.scans.write import label_colors, replacing
 
-WIDTH, PANEL_HEIGHT, SIDE, GAP, TOP, DPI = 1600, 560, 270, 16, 92, 100  # pixels, but for the last
+WIDTH, PANEL_HEIGHT, SIDE, GAP, TOP, DPI = 1600.0, 560.0, 270.0, 16.0, 92.0, 100.0  # pixels, but for the last
 INK, FAINT, EDGE = "#F2F2F2", "#A8A8A8", "#3A3A3A"
 HEAT = ScalarMappable(Normalize(0, 0.5, clip=True), "inferno")
 PLANES = (("Sagittal", "APSI"), ("Coronal", "RLSI"), ("Axial", "RLAP"))  # slice axis -> name; left, right, top, bottom
@@ -59,7 +59,7 @@ def draw_preview(
     width_mm, height_mm = shown[0].shape[1] * view.pixel_mm[0], shown[0].shape[0] * view.pixel_mm[1]
     columns, rows = len(shown), 1 if uncertainty is None else 2
     scale = min((WIDTH - SIDE - GAP * (columns + 1)) / columns / width_mm, PANEL_HEIGHT / height_mm)
-    width, height = max(scale * width_mm, 60), max(scale * height_mm, 60)
+    width, height = max(scale * width_mm, 60.0), max(scale * height_mm, 60.0)
     side = 2 * GAP + columns * (width + GAP)
     total = np.array([side + SIDE, max(TOP + rows * (height + GAP), 420)])
     figure = Figure((total[0] / DPI, total[1] / DPI), DPI, facecolor="black")
@@ -67,7 +67,7 @@ def draw_preview(
     def place(left: float, top: float, width: float, height: float) -> Axes:
         return figure.add_axes((left / total[0], 1 - (top + height) / total[1], width / total[0], height / total[1]))
 
-    def write(left: float, top: float, text: str, color: str = INK, size: float = 12, **more: Any) -> None:
+    def write(left: float, top: float, text: str, color: str = INK, size: float = 12.0, **more: Any) -> None:
         x, y = left / total[0], 1 - top / total[1]
         figure.text(x, y, text, color=color, size=size, va="center", parse_math=False, **more)
 
@@ -81,12 +81,12 @@ def draw_preview(
     colors = label_colors(names)
     plane, marks = PLANES[view.axis]
     room = int(total[0] / 16)
-    write(GAP, 30, title if len(title) <= room else title[: room - 1] + "…", size=18, weight="bold")
+    write(GAP, 30.0, title if len(title) <= room else title[: room - 1] + "…", size=18.0, weight="bold")
     for column, index in enumerate(view.slices):
         left, masks = GAP + column * (width + GAP), view.cut(label_map, index)
         write(left + width / 2, TOP - 16, f"{plane}, slice {index + 1} of {view.count}", FAINT, ha="center")
         axes = draw(left, TOP, shown[column], cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
-        _contours(axes, masks, view.pixel_mm, colors, 2)
+        _contours(axes, masks, view.pixel_mm, colors, 2.0)
         _marks(axes, marks)
         if column == 0:
             _scale_bar(axes, width_mm, height_mm)
@@ -95,11 +95,11 @@ def draw_preview(
             _contours(axes, masks, view.pixel_mm, dict.fromkeys(colors, INK), 0.8)
     for line, (name, volume, color) in enumerate(_legend(label_map, affine, names, colors)):
         top = TOP + 14 + 26 * line
-        write(side, top, "■", color, 18)
+        write(side, top, "■", color, 18.0)
         write(side + 26, top, name)
         write(total[0] - GAP, top, volume, FAINT, ha="right")
     if uncertainty is not None:
-        bar = figure.colorbar(HEAT, cax=place(side, TOP + height + GAP, 18, height), extend="max")
+        bar = figure.colorbar(HEAT, cax=place(side, TOP + height + GAP, 18.0, height), extend="max")
         bar.ax.tick_params(color=FAINT, labelcolor=INK, labelsize=11)
         bar.set_label("probability that the label is wrong", color=INK, size=12)
         bar.outline.set_visible(False)

@@ -1,0 +1,285 @@
+import os
+import shutil
+import stat
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import BasicTextSRStorage, ExplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid
+
+from medseg_diff.errors import UserError
+from medseg_diff.scans.read import find_scans, read_scan
+
+ROWS, COLUMNS, SLICES = 5, 4, 6
+VALUES = np.arange(COLUMNS * ROWS * SLICES, dtype=np.int16).reshape(COLUMNS, ROWS, SLICES)
+TURN = np.linalg.qr(np.array([[3.0, 1, 0.5], [-1, 2, 0.3], [0.2, -0.4, 4]]))[0]
+TURN *= np.sign(np.linalg.det(TURN))  # right-handed, as every stack of slices is
+SERIES, STUDY, FRAME = generate_uid(), generate_uid(), generate_uid()
+
+
+def slice_at(z: float, values: np.ndarray = VALUES[:, :, 0], **changes: object) -> FileDataset:
+    """One oblique MR slice of 1.1 x 0.7 mm pixels at `z` mm along the normal; a change to None removes the element."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = MRImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    image = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
+    image.SOPClassUID, image.SOPInstanceUID = MRImageStorage, meta.MediaStorageSOPInstanceUID
+    image.SeriesInstanceUID, image.StudyInstanceUID, image.FrameOfReferenceUID = SERIES, STUDY, FRAME
+    image.PatientName, image.PatientID, image.Modality = "Doe^Jane", "4711", "MR"
+    image.Rows, image.Columns, image.PixelSpacing = ROWS, COLUMNS, [1.1, 0.7]
+    image.ImageOrientationPatient = [round(float(v), 10) for v in (*TURN[:, 0], *TURN[:, 1])]
+    image.ImagePositionPatient = [round(float(v), 6) for v in TURN @ [3, -20, z]]
+    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+    image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 16, 16, 15, 1
+    image.PixelData = values.T.astype("<i2").tobytes()
+    for name, value in changes.items():
+        if value is None:
+            delattr(image, name)
+        else:
+            setattr(image, name, value)
+    return image
+
+
+def make_series(folder: Path, places=range(SLICES), step: float = 2.5, **changes: object) -> Path:
+    """A folder of slices at places * step, named so that the order of names is not the order of slices."""
+    folder.mkdir(exist_ok=True)
+    for i in places:
+        slice_at(i * step, VALUES[:, :, i % SLICES], **changes).save_as(folder / f"{(i * 7) % 11}.dcm")
+    return folder
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_scan(path)
+    assert path.name in caught.value.where
+    assert "Doe" not in str(caught.value)
+    assert "4711" not in str(caught.value)
+    return caught.value.what
+
+
+def geometry_of(folder: Path) -> tuple[np.ndarray, sitk.Image]:
+    """SimpleITK's own array x y z and image."""
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = reader.Execute()
+    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), image
+
+
+def assert_same_place(folder: Path) -> None:
+    scan = read_scan(folder)
+    values, image = geometry_of(folder)
+    np.testing.assert_array_equal(scan.array[0], values)
+    for index in [(0, 0, 0), (1, 2, 3), tuple(n - 1 for n in scan.shape)]:
+        ras = np.array(image.TransformIndexToPhysicalPoint(index)) * [-1, -1, 1]
+        np.testing.assert_allclose((scan.affine @ [*index, 1])[:3], ras, atol=1e-4)
+
+
+def test_real_series_lie_where_simpleitk_puts_them(dicom):
+    folders = sorted(dicom.iterdir())
+    assert len(folders) == 2
+    for folder in folders:
+        assert_same_place(folder)
+        assert read_scan(folder).name == folder.name
+        assert read_scan(folder).warnings == ()
+
+
+def test_an_oblique_series_lies_where_simpleitk_puts_it(tmp_path):
+    folder = make_series(tmp_path / "series")
+    assert_same_place(folder)
+    scan = read_scan(folder)
+    np.testing.assert_array_equal(scan.array[0], VALUES)
+    np.testing.assert_allclose(scan.spacing_mm, (0.7, 1.1, 2.5), atol=1e-5)
+    assert scan.kind == "dicom"
+
+
+def test_a_zip_reads_as_its_folder(tmp_path):
+    folder = make_series(tmp_path / "series")
+    shutil.make_archive(str(tmp_path / "knee"), "zip", tmp_path, "series")
+    packed, plain = read_scan(tmp_path / "knee.zip"), read_scan(folder)
+    assert packed.name == "knee"
+    np.testing.assert_array_equal(packed.array, plain.array)
+    np.testing.assert_array_equal(packed.affine, plain.affine)
+
+
+def test_rescaling_of_each_slice_is_applied(tmp_path):
+    folder = tmp_path / "pet"
+    folder.mkdir()
+    for z in range(SLICES):
+        slice_at(z, VALUES[:, :, z], RescaleSlope=str(1 + z / 4), RescaleIntercept="-3").save_as(folder / f"{z}.dcm")
+    expected = VALUES * (1 + np.arange(SLICES) / 4) - 3
+    np.testing.assert_allclose(read_scan(folder).array[0], expected, rtol=1e-6)
+
+
+def test_compressed_slices_are_decoded(tmp_path):
+    folder = tmp_path / "rle"
+    folder.mkdir()
+    values = np.random.default_rng(0).integers(-2000, 2000, (64, 64, 3), dtype=np.int16)
+    for z in range(3):
+        image = slice_at(z, values[:, :, z], Rows=64, Columns=64)
+        image.compress(RLELossless, generate_instance_uid=False)
+        image.save_as(folder / f"{z}.dcm")
+    np.testing.assert_array_equal(read_scan(folder).array[0], values)
+
+
+def test_a_tilted_gantry_is_kept_as_shear(tmp_path):
+    folder = tmp_path / "tilted"
+    folder.mkdir()
+    for z in range(SLICES):
+        position = [round(float(v), 6) for v in TURN @ [0, 0.5 * z, 2 * z]]
+        slice_at(z, VALUES[:, :, z], ImagePositionPatient=position).save_as(folder / f"{z}.dcm")
+    scan = read_scan(folder)
+    assert "sheared" in scan.warnings[0]
+    np.testing.assert_allclose(scan.affine[:3, 2] * [-1, -1, 1], TURN @ [0, 0.5, 2], atol=1e-5)
+
+
+def test_a_missing_slice_is_refused_and_the_gap_named(tmp_path, dicom):
+    what = refusal(make_series(tmp_path / "gap", [0, 1, 3, 4, 5]))
+    assert "a slice is missing" in what
+    assert "7.dcm and 10.dcm lie 5 mm apart, most slices 2.5 mm" in what
+    broken = tmp_path / "real"
+    shutil.copytree(sorted(dicom.iterdir())[0], broken)
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(broken))
+    Path(files[len(files) // 2]).unlink()
+    assert "2 mm apart, most slices 1 mm" in refusal(broken)
+
+
+def test_a_duplicated_slice_is_refused(tmp_path):
+    folder = make_series(tmp_path / "series")
+    shutil.copy(folder / "7.dcm", folder / "copy.dcm")
+    what = refusal(folder)
+    assert "same place" in what
+    assert "copy.dcm" in what
+
+
+def test_two_series_are_refused_and_listed(tmp_path):
+    folder = make_series(tmp_path / "two")
+    slice_at(3.0, SeriesInstanceUID=generate_uid()).save_as(folder / "other.dcm")
+    what = refusal(folder)
+    assert "2 series" in what
+    assert "6 slices" in what
+    assert "1 slices, the first in other.dcm" in what
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"PixelSpacing": [1.1, 0.8]}, "spacing or orientation differs"),
+        ({"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}, "spacing or orientation differs"),
+        (
+            {"Columns": COLUMNS + 1, "PixelData": bytes(2 * ROWS * (COLUMNS + 1))},
+            "size, spacing or orientation differs",
+        ),
+        ({"Rows": ROWS + 1}, "holds 40 bytes of pixels, Rows x Columns promise 48"),
+        ({"Rows": 60000, "Columns": 60000}, "promise 7200000000"),
+        ({"PixelData": VALUES[:, :, 0].tobytes()[:10]}, "holds 10 bytes of pixels"),
+        ({"PixelData": None}, "no pixel data"),
+        ({"RescaleSlope": "0", "RescaleIntercept": "5"}, "RescaleSlope is 0"),
+        ({"ImagePositionPatient": None}, "lacks the slice's geometry"),
+        ({"PixelSpacing": None}, "lacks the slice's geometry"),
+        ({"NumberOfFrames": "3"}, "several frames"),
+        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "several frames or colours"),
+    ],
+)
+def test_a_slice_that_does_not_fit_is_refused(tmp_path, changes, what):
+    folder = make_series(tmp_path / "series")
+    slice_at(SLICES * 2.5, **changes).save_as(folder / "odd.dcm")
+    with pytest.raises(UserError) as caught:
+        read_scan(folder)
+    assert what in caught.value.what
+    assert caught.value.where.endswith("odd.dcm")
+
+
+def test_an_unknown_transfer_syntax_is_refused_by_its_uid(tmp_path):
+    folder = make_series(tmp_path / "series")
+    odd = slice_at(SLICES * 2.5, PixelData=pydicom.encaps.encapsulate([b"not decoded"]))
+    odd["PixelData"].is_undefined_length = True
+    odd.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.201"
+    odd.save_as(folder / "odd.dcm")
+    assert "1.2.840.10008.1.2.4.201" in refusal(folder)
+
+
+def test_a_truncated_slice_is_refused(tmp_path):
+    folder = make_series(tmp_path / "series")
+    whole = (folder / "7.dcm").read_bytes()
+    (folder / "7.dcm").write_bytes(whole[:-9])
+    assert "31 bytes of pixels" in refusal(folder)
+    (folder / "7.dcm").write_bytes(whole[:300])
+    assert "damaged" in refusal(folder)
+    (folder / "7.dcm").write_bytes(b"")
+    assert "damaged" in refusal(folder)
+
+
+def test_files_that_are_no_images_are_ignored_with_a_warning(tmp_path):
+    folder = make_series(tmp_path / "series")
+    (folder / "notes.txt").write_text("hello")
+    report = slice_at(0, Rows=None, PixelData=None)
+    report.SeriesInstanceUID = generate_uid()
+    report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
+    report.save_as(folder / "report.dcm")
+    assert read_scan(folder).warnings == ("2 files that are no DICOM images were ignored",)
+
+
+def test_a_hostile_patient_name_goes_nowhere(tmp_path, capfd):
+    scan = read_scan(
+        make_series(tmp_path / "series", PatientName="../../x\n\x1b[31m" + "y" * 6000, PatientID="Doe\n4711")
+    )
+    shown = "".join(capfd.readouterr()) + repr(scan.warnings) + str(scan.header)
+    assert "x1b" not in shown
+    assert "4711" not in shown
+    assert "yyyy" not in shown
+
+
+def test_links_that_leave_the_folder_and_fifos_are_refused(tmp_path):
+    folder = make_series(tmp_path / "series")
+    slice_at(SLICES * 2.5).save_as(tmp_path / "outside.dcm")
+    (folder / "link.dcm").symlink_to(tmp_path / "outside.dcm")
+    assert "no regular file of this folder" in refusal(folder)
+    (folder / "link.dcm").unlink()
+    os.mkfifo(folder / "fifo.dcm")
+    assert "no regular file of this folder" in refusal(folder)
+
+
+def zipped(path: Path, *members: zipfile.ZipInfo | str, content: bytes = b"x") -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for member in members:
+            archive.writestr(member, content)
+    return path
+
+
+def test_a_zip_that_reaches_outside_is_refused(tmp_path):
+    link = zipfile.ZipInfo("link.dcm")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    for member in ("../evil.dcm", "/tmp/evil.dcm", "a/../../evil.dcm", "C:\\evil.dcm", link):
+        assert "written outside" in refusal(zipped(tmp_path / "bad.zip", member))
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.zip"]
+
+
+def test_a_zip_that_explodes_or_is_damaged_is_refused(tmp_path):
+    path = zipped(tmp_path / "bomb.zip", "a.dcm", "b.dcm")
+    content = path.read_bytes()
+    for entry in [i for i in range(len(content)) if content[i:].startswith(b"PK\1\2")]:
+        content = content[: entry + 24] + b"\xfe\xff\xff\xff" + content[entry + 28 :]  # its uncompressed size
+    path.write_bytes(content)
+    assert "would unzip to" in refusal(path)
+    (tmp_path / "half.zip").write_bytes(zipped(tmp_path / "whole.zip", "a.txt").read_bytes()[:40])
+    assert "damaged" in refusal(tmp_path / "half.zip")
+    assert "no DICOM image" in refusal(tmp_path / "whole.zip")
+
+
+def test_a_folder_of_series_stands_for_each(tmp_path):
+    a, b = make_series(tmp_path / "a"), make_series(tmp_path / "b")
+    assert find_scans([a]) == [a]
+    assert find_scans([tmp_path]) == [a, b]
+    with pytest.raises(UserError, match="one channel"):
+        read_scan(a, channels=2)
+
+
+def test_one_slice_is_as_thick_as_it_says(tmp_path):
+    scan = read_scan(make_series(tmp_path / "one", [0], SliceThickness="4"))
+    assert scan.shape == (COLUMNS, ROWS, 1)
+    np.testing.assert_allclose(scan.spacing_mm, (0.7, 1.1, 4), atol=1e-5)
