@@ -23,8 +23,7 @@ _LOGGER = logging.getLogger(__name__)
 
 _FLUSH_EVERY_S = 5
 _METRICS_IN_BATCH = 500  # MLflow takes 1000
-_PARAMETERS_IN_BATCH = 100  # MLflow's limits: in one call, and characters in one value
-_PARAMETER_LENGTH = 6000
+_PARAMETERS_IN_BATCH = 100  # MLflow's limit
 
 
 class Tracker:
@@ -83,7 +82,8 @@ def start_run(
 ) -> Tracker:
     """Open a run, or open `run_id` again where the store at `uri` has it. An empty `uri` turns tracking off.
 
-    A resumed run keeps the parameters that it was started with, since MLflow does not let them change.
+    A resumed run keeps the parameters that it was started with, since MLflow does not let them change. MLflow cuts
+    values at 6000 characters.
     """
     if not uri:
         return Tracker(None, run_id)
@@ -132,7 +132,7 @@ def _describe(client: Any, run_id: str, params: Mapping[str, object], tags: Mapp
     from mlflow.entities import Param, RunTag
 
     known = client.get_run(run_id).data.params
-    new = [Param(key, str(value)[:_PARAMETER_LENGTH]) for key, value in params.items() if key not in known]
+    new = [Param(key, str(value)) for key, value in params.items() if key not in known]
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     for start in range(0, len(new), _PARAMETERS_IN_BATCH):
         client.log_batch(run_id, params=new[start : start + _PARAMETERS_IN_BATCH])
@@ -168,7 +168,7 @@ def connect(uri: str) -> Any:
     from mlflow import MlflowClient
     from mlflow.store.db import utils
 
-    utils.MAX_RETRY_COUNT = 1  # Ten attempts at a file that is no database take 100 s.
+    utils.MAX_RETRY_COUNT = 1  # Ten attempts at a database that does not open take 100 s.
     path = database(uri)
     if path is None:
         return MlflowClient(uri)
