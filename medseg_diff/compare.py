@@ -64,7 +64,7 @@ def small_is_good(metric: str) -> bool:
     return not _SMALL_IS_GOOD.isdisjoint(re.split("[/_]", "/".join(metric.split("/")[:2])))
 
 
-def render(rows: list[dict[str, Any]], uri: str, metric: str = "val/dice") -> str:
+def render(rows: list[dict[str, Any]], uri: str = "sqlite:///mlflow.db", metric: str = "val/dice") -> str:
     """The rows of `compare` as tables of at most 100 columns, and how to open MLflow's page.
 
     Shows the metric, with its labels, the parameters that differ and the metrics that have no label.
