@@ -13,6 +13,8 @@ from pydicom.uid import BasicTextSRStorage, ExplicitVRLittleEndian, MRImageStora
 
 from medseg_diff.errors import UserError
 from medseg_diff.scans.read import find_scans, read_scan
+from medseg_diff.scans.rtstruct import write_rtstruct
+from medseg_diff.scans.write import write_dicom_seg
 
 ROWS, COLUMNS, SLICES = 5, 4, 6
 VALUES = np.arange(COLUMNS * ROWS * SLICES, dtype=np.int16).reshape(COLUMNS, ROWS, SLICES)
@@ -283,3 +285,49 @@ def test_one_slice_is_as_thick_as_it_says(tmp_path):
     scan = read_scan(make_series(tmp_path / "one", [0], SliceThickness="4"))
     assert scan.shape == (COLUMNS, ROWS, 1)
     np.testing.assert_allclose(scan.spacing_mm, (0.7, 1.1, 4), atol=1e-5)
+
+
+def test_an_oblique_series_gets_a_segmentation_and_contours_at_their_place(tmp_path):
+    import highdicom as hd
+
+    scan = read_scan(make_series(tmp_path / "series"))
+    labels = np.zeros(scan.shape, np.uint8)
+    labels[1, 2, 3] = 4
+    expected = (scan.affine @ [1, 2, 3, 1])[:3] * [-1, -1, 1]
+    write_dicom_seg(labels, scan, {0: "background", 4: "Spot"}, tmp_path / "seg.dcm")
+    volume = hd.seg.segread(tmp_path / "seg.dcm").get_volume(combine_segments=True)
+    (index,) = np.argwhere(volume.array)
+    np.testing.assert_allclose(volume.map_indices_to_reference(index[None])[0], expected, atol=1e-4)
+    write_rtstruct(labels, scan, {0: "background", 4: "Spot"}, tmp_path / "rt.dcm")
+    structures = pydicom.dcmread(tmp_path / "rt.dcm")
+    (contour,) = structures.ROIContourSequence[0].ContourSequence
+    points = np.array(contour.ContourData, float).reshape(-1, 3)
+    np.testing.assert_allclose(points.mean(0), expected, atol=1e-3)
+    np.testing.assert_allclose(np.ptp(points @ TURN, axis=0), [0.7, 1.1, 0], atol=1e-3)
+    source = pydicom.dcmread(tmp_path / "series/10.dcm")  # slice 3: 3 * 7 % 11
+    assert contour.ContourImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
+    assert structures.StructureSetROISequence[0].ROIName == "Spot"
+    assert structures.PatientID == "4711"
+
+
+def test_headers_that_cannot_carry_a_segmentation_are_refused(tmp_path):
+    scan = read_scan(make_series(tmp_path / "series", FrameOfReferenceUID=None))
+    labels = np.ones(scan.shape, np.uint8)
+    with pytest.raises(UserError, match="lack what a DICOM segmentation needs"):
+        write_dicom_seg(labels, scan, {1: "All"}, tmp_path / "seg.dcm")
+    with pytest.raises(UserError, match="nothing was segmented for rtstruct"):
+        write_rtstruct(labels * 0, scan, {1: "All"}, tmp_path / "rt.dcm")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["series"]
+
+
+def test_a_ring_has_a_contour_for_its_hole(tmp_path):
+    folder = tmp_path / "series"
+    folder.mkdir()
+    slice_at(0, np.zeros((9, 9), np.int16), Rows=9, Columns=9).save_as(folder / "a.dcm")
+    labels = np.zeros((9, 9, 1), np.uint8)
+    labels[2:7, 2:7] = 1
+    labels[4, 4] = 0
+    write_rtstruct(labels, read_scan(folder), {1: "Ring"}, tmp_path / "rt.dcm")
+    contours = pydicom.dcmread(tmp_path / "rt.dcm").ROIContourSequence[0].ContourSequence
+    sizes = sorted(np.ptp(np.array(c.ContourData, float).reshape(-1, 3) @ TURN, axis=0)[0] / 0.7 for c in contours)
+    np.testing.assert_allclose(sizes, [1, 5], atol=1e-3)

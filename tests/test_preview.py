@@ -54,16 +54,30 @@ def test_uncertainty_stands_below(tmp_path):
     assert hot[lower].mean() > 0.7
 
 
+def test_the_window_shows_contrast_around_the_organ(tmp_path):
+    """A lesion of 60 HU in an organ of 40 HU is seen beside air of -1000 HU."""
+    shape = (60, 60, 9)
+    image = np.full(shape, -1000, np.float32)
+    image[10:50, 10:50] = 40 + np.random.default_rng(0).normal(0, 5, (40, 40, 9))
+    image[25:35, 25:35] += 60
+    labels = np.zeros(shape, np.uint8)
+    labels[15:45, 15:45] = 1
+    draw_preview(image, labels, None, np.diag([1, 1, 3.0, 1]), NAMES, tmp_path / "a.png", "ct")
+    panel = imread(tmp_path / "a.png")[100:-20, 20:400, 0]
+    height, width = panel.shape
+    lesion = panel[height // 2 - 10 : height // 2 + 10, width // 2 - 10 : width // 2 + 10].mean()
+    organ = panel[height // 2 - 10 : height // 2 + 10, width // 3 - 10 : width // 3 + 10].mean()
+    assert lesion - organ > 0.2
+
+
 def test_the_same_content_gives_the_same_bytes(tmp_path):
     for name in ("a.png", "b.png"):
         draw(tmp_path / name, labels=ball((40, 50, 30), (20, 20, 15), 6))
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "shape", [(3, 3, 3), (40, 50, 1), (1, 40, 50), (1, 1, 1), (2, 300, 2), (512, 512, 8), (30, 400, 30)]
-)
 @pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("shape", [(3, 3, 3), (40, 50, 1), (1, 1, 1), (2, 300, 2), (512, 512, 4)])
 def test_odd_shapes_and_empty_masks_are_drawn_in_bounds(tmp_path, shape, full):
     labels = np.full(shape, full, np.uint8)
     picture = draw(tmp_path / "a.png", shape, labels, np.full(shape, 0.2, np.float32))

@@ -55,7 +55,7 @@ def draw_preview(
     """Writes a PNG of up to three slices with contours, in radiological orientation, the uncertainty below each."""
     view = choose_view(label_map, uncertainty, affine)
     shown = [view.cut(image, index) for index in view.slices]
-    low, high = np.percentile(shown, (1, 99.5))
+    low, high = _window(np.array(shown), np.array([view.cut(label_map, index) for index in view.slices]))
     width_mm, height_mm = shown[0].shape[1] * view.pixel_mm[0], shown[0].shape[0] * view.pixel_mm[1]
     columns, rows = len(shown), 1 if uncertainty is None else 2
     scale = min((WIDTH - SIDE - GAP * (columns + 1)) / columns / width_mm, PANEL_HEIGHT / height_mm)
@@ -85,7 +85,7 @@ def draw_preview(
     for column, index in enumerate(view.slices):
         left, masks = GAP + column * (width + GAP), view.cut(label_map, index)
         write(left + width / 2, TOP - 16, f"{plane}, slice {index + 1} of {view.count}", FAINT, ha="center")
-        axes = draw(left, TOP, shown[column], cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+        axes = draw(left, TOP, shown[column], cmap="gray", vmin=low, vmax=high)
         _contours(axes, masks, view.pixel_mm, colors, 2.0)
         _marks(axes, marks)
         if column == 0:
@@ -142,6 +142,16 @@ def _around(indices: np.ndarray, size: int) -> slice:
     extent = int(indices[-1] - indices[0]) + 1
     margin = max(extent, 16)
     return slice(max(int(indices[0]) - margin, 0), min(int(indices[-1]) + margin + 1, size))
+
+
+def _window(shown: np.ndarray, masks: np.ndarray) -> tuple[float, float]:
+    """Black and white: what the slices span, but no wider than thrice the contrast within what was found."""
+    low, high = np.percentile(shown, (1, 99.5))
+    if masks.any():
+        dark, bright = np.percentile(shown[masks > 0], (1, 99))
+        margin = max(bright - dark, (high - low) / 10)
+        low, high = max(low, dark - margin), min(high, bright + margin)
+    return float(low), float(max(high, np.nextafter(low, np.inf)))
 
 
 def _contours(

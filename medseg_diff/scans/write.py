@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pydicom
 from jaxtyping import Integer
 from numpy.typing import DTypeLike
 
@@ -25,8 +26,10 @@ GEOMETRY = (
 
 # Okabe and Ito, told apart by colour-blind eyes: https://jfly.uni-koeln.de/color/
 LABEL_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2")
-PATIENT_TAGS = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
-STUDY_TAGS = ("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName")
+PATIENT_AND_STUDY = (  # elements of type 2: present, if only empty; de-identified series lack some
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
+    *("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
+)
 
 
 @contextmanager
@@ -123,24 +126,11 @@ def write_dicom_seg(label_map: Integer[np.ndarray, "x y z"], scan: Scan, names: 
     It carries the patient and study of that series, as an archive needs; no other output does.
     UserError where the scan is not DICOM, is sheared, or nothing was segmented.
     """
-    if scan.kind != "dicom":
-        raise UserError(scan.path, "a DICOM segmentation needs a DICOM series", "Leave dicom-seg out of --save.")
     values = sorted(value for value in names if value and (label_map == value).any())
-    if not values:
-        raise UserError(
-            scan.path, "nothing was segmented, so there is no DICOM segmentation", "Leave it out of --save."
-        )
+    source = source_headers(scan, "dicom-seg", values)
     import highdicom as hd  # slow, and rarely needed
-    import pydicom
     from pydicom.sr.codedict import codes
 
-    with dicom_folder(scan.path) as folder:
-        slices, _ = read_slices(scan.path, folder)
-        source = [pydicom.dcmread(s.path, stop_before_pixels=True) for s in slices]
-    for dataset in source:
-        for tag in (*PATIENT_TAGS, *STUDY_TAGS):  # type 2: present, though maybe empty
-            if tag not in dataset:
-                setattr(dataset, tag, "")
     algorithm = hd.AlgorithmIdentificationSequence(
         name="medseg-diff", version=__version__, family=codes.DCM.ArtificialIntelligence
     )
@@ -159,29 +149,49 @@ def write_dicom_seg(label_map: Integer[np.ndarray, "x y z"], scan: Scan, names: 
     numbers = np.zeros(label_map.shape, np.uint8)
     for number, value in enumerate(values, 1):
         numbers[label_map == value] = number
-    # Frames of the segmentation are the slices of the series only if the slice axis comes first, rows before columns.
-    volume = hd.Volume(
-        numbers.transpose(2, 1, 0),
-        (LPS_TO_RAS @ scan.affine)[:, [2, 1, 0, 3]],
-        coordinate_system="PATIENT",
-        frame_of_reference_uid=source[0].FrameOfReferenceUID,
-    )
-    segmentation = hd.seg.Segmentation(
-        source,
-        volume,
-        hd.seg.SegmentationTypeValues.BINARY,
-        descriptions,
-        series_instance_uid=hd.UID(),
-        series_number=300,
-        sop_instance_uid=hd.UID(),
-        instance_number=1,
-        manufacturer="medseg-diff",
-        manufacturer_model_name="medseg-diff",
-        software_versions=__version__,
-        device_serial_number="none",
-    )
+    try:
+        # Frames are the slices of the series only if the slice axis comes first, and rows before columns.
+        volume = hd.Volume(
+            numbers.transpose(2, 1, 0),
+            (LPS_TO_RAS @ scan.affine)[:, [2, 1, 0, 3]],
+            coordinate_system="PATIENT",
+            frame_of_reference_uid=source[0].FrameOfReferenceUID,
+        )
+        segmentation = hd.seg.Segmentation(
+            source,
+            volume,
+            hd.seg.SegmentationTypeValues.BINARY,
+            descriptions,
+            series_instance_uid=hd.UID(),
+            series_number=300,
+            sop_instance_uid=hd.UID(),
+            instance_number=1,
+            manufacturer="medseg-diff",
+            manufacturer_model_name="medseg-diff",
+            software_versions=__version__,
+            device_serial_number="none",
+        )
+    except (AttributeError, ValueError, TypeError) as error:
+        what = "its headers lack what a DICOM segmentation needs, or its slices are tilted"
+        raise UserError(scan.path, what, "Leave dicom-seg out of --save.") from error
     with replacing(path) as temporary:
         segmentation.save_as(temporary)
+
+
+def source_headers(scan: Scan, item: str, values: list[int]) -> list[pydicom.Dataset]:
+    """The headers of a DICOM scan's slices, absent elements of type 2 set empty; UserError if `item` can't be made."""
+    if scan.kind != "dicom":
+        raise UserError(scan.path, f"{item} needs a DICOM series", f"Leave {item} out of --save.")
+    if not values:
+        raise UserError(scan.path, f"nothing was segmented for {item}", f"Leave {item} out of --save.")
+    with dicom_folder(scan.path) as folder:
+        slices, _ = read_slices(scan.path, folder)
+        headers: list[pydicom.Dataset] = [pydicom.dcmread(s.path, stop_before_pixels=True) for s in slices]
+    for header in headers:
+        for tag in (*PATIENT_AND_STUDY, "SliceThickness"):
+            if tag not in header:
+                setattr(header, tag, "")
+    return headers
 
 
 def label_colors(names: dict[int, str]) -> dict[int, str]:
