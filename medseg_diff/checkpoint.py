@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from medseg_diff import __version__
 from medseg_diff.config import Config, parse_config, plain
-from medseg_diff.datasets.pipeline import Preprocessing
 from medseg_diff.errors import UserError, reason
 from medseg_diff.files import replacing
 from medseg_diff.networks import build_network
@@ -40,19 +39,12 @@ class Description:
     trained: dict[str, Any]
     version: str = __version__
 
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How a scan becomes the network's grid."""
-        data = self.config.data
-        assert data.spacing_mm is not None, "training resolves the spacing"
-        return Preprocessing(data.spacing_mm, data.modality, data.window_hu, data.percentiles)
-
 
 @dataclass(frozen=True)
 class Model:
     """A network ready to use, in evaluation mode on its device."""
 
-    network: nn.Module
+    network: Any
     about: Description
     path: Path
     digest: str

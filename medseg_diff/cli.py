@@ -80,7 +80,7 @@ def _options(
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo")) -> None:
-    """Make a phantom data set, train on it, segment an unseen scan, evaluate, generate: the whole program in minutes."""
+    """Make a phantom data set, train on it, segment an unseen scan, evaluate, generate: the whole program."""
     from medseg_diff.demo import run_demo
 
     print(run_demo(out))
@@ -89,9 +89,7 @@ def demo(out: Annotated[Path, typer.Option(help="Where everything goes.")] = Pat
 @app.command()
 def train(
     config: Annotated[Path, typer.Option(help="A YAML file, such as configs/quickstart.yaml.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override; repeatable.")
-    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override; repeatable.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; by default that of the configuration.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what the run has, and start again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the configuration.")] = False,
@@ -174,7 +172,7 @@ def evaluate(
     from medseg_diff.evaluate import run_evaluation
     from medseg_diff.metrics import table
 
-    sources = (predictions, references) if loaded is None else (data, split.value)
+    sources: Any = (predictions, references) if loaded is None else (data, split.value)
     summary = run_evaluation(loaded, sources, out, samples=samples, steps=steps, seed=seed, uri=uri)
     print(table(summary))
     print(f"written to {out / 'summary.json'} and {out / 'cases.csv'}")
@@ -210,7 +208,7 @@ def compare(
     from medseg_diff.compare import render
 
     rows = rows_of(uri, experiment, metric, top)
-    print(json.dumps(rows, indent=2) if as_json else render(rows))
+    print(json.dumps(rows, indent=2) if as_json else render(rows, uri, metric))
 
 
 @app.command()

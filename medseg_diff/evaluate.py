@@ -71,7 +71,7 @@ def evaluate_model(
 
 
 def choose_cases(root: Path, model: Model, which: str) -> tuple[Case, ...]:
-    """The cases of `val`, `train` (by the model's own split) or `all` of a data set whose labels fit. Raises UserError."""
+    """The cases of `val` or `train`, by the model's own split, or `all`. Raises UserError where the labels differ."""
     dataset = read_dataset(root)
     if dataset.labels != model.about.labels:
         what = f"its labels are {dataset.labels}, and the model knows {model.about.labels}"
@@ -121,7 +121,7 @@ def run_evaluation(
     if model is None:
         predictions, references = map(Path, sources)
         summary = evaluate_folders(predictions, references)
-        parameters: dict[str, Any] = {"predictions": str(predictions), "references": str(references)}
+        parameters: dict[str, Any] = {"predictions": predictions.name, "references": references.name}
         tracking, name = Tracking(), f"evaluate {predictions.name}"
     else:
         root, which = Path(sources[0]), str(sources[1])
@@ -129,7 +129,7 @@ def run_evaluation(
         out.mkdir(parents=True, exist_ok=True)
         preview = out / "preview.png"
         summary = evaluate_model(model, cases, samples=samples, steps=steps, seed=seed, preview=preview)
-        parameters = {"evaluate.data": str(root), "evaluate.split": which, **flatten(plain(model.about.config))}
+        parameters = {"evaluate.data": root.name, "evaluate.split": which, **flatten(plain(model.about.config))}
         tracking, name = model.about.config.tracking, f"evaluate {model.path.parent.name}"
     paths = write_summary(summary, out)
     tags = {} if model is None else {"model_digest": model.digest}

@@ -35,18 +35,20 @@ def draw_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], pat
     _save(figure, path)
 
 
-def draw_strip(panels: Sequence[tuple[str, np.ndarray]], path: Path, title: str) -> None:
-    """Pictures in a row, each with its caption: gray [rows, columns] or coloured [rows, columns, 3]."""
-    rows, columns = panels[0][1].shape[:2]
-    width = 1.9
-    figure = Figure(
-        figsize=(width * len(panels), width * rows / columns + 0.75), layout="constrained", facecolor="white"
-    )
-    for axes, (caption, picture) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        axes.imshow(picture, cmap="gray", interpolation="nearest", extent=(0, columns, rows, 0))
+def draw_strip(rows: Sequence[Sequence[tuple[str, np.ndarray]]], aspect: float, path: Path) -> None:
+    """Pictures in rows, each with its caption: gray [height, width] or coloured [height, width, 3].
+
+    `aspect` is the height of a pixel over its width.
+    """
+    height, width = rows[0][0][1].shape[:2]
+    inches = 2.4
+    size = (inches * len(rows[0]), len(rows) * (inches * aspect * height / width + 0.35))
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for axes, (caption, picture) in zip(grid.flat, [panel for row in rows for panel in row], strict=True):
+        axes.imshow(picture, cmap="gray", interpolation="nearest", extent=(0, width, height, 0), aspect=aspect)
         axes.set_title(caption, fontsize=10)
         axes.set_axis_off()
-    figure.suptitle(title, fontsize=11)
     _save(figure, path)
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def predict(
             batch = stack[None] if axis is None else with_neighbours(stack, data.neighbours, chosen)
             with autocast(model.device, model.about.config.train.precision):
                 features = model.network.encode(cut(batch, window.start, window.size))
-            mean = features.mean_logits.softmax(1).cpu()[(..., *within)] * importance
+            mean = features.mean_logits.softmax(1).cpu()[_last(within)] * importance
             where = inside if axis is None else (chosen, *inside)
             probabilities[(slice(None), *where)] += mean[0] if axis is None else mean.movedim(1, 0)
             if tally is None:
@@ -86,7 +87,7 @@ def predict(
             target = window.core if axis is None else (chosen, *window.core)
             drawn = torch.cat(
                 [
-                    _draw(model, features, noise, group, window, steps)[(..., *core)]
+                    _draw(model, features, noise, group, window, steps)[_last(core)]
                     for group in _groups(samples, features.mean_logits)
                 ]
             )
@@ -131,14 +132,18 @@ def trace(
     seen: list[tuple[Tensor, Tensor]] = []
 
     def watch(x_t: Tensor, logits: Tensor) -> None:
-        maps = (x_t[0].cpu(), logits[0].softmax(1).cpu())
-        seen.append(tuple(m[0] if axis is None else m.movedim(0, axis + 1) for m in maps))
+        seen.append((_whole(x_t[0].cpu(), axis), _whole(logits[0].softmax(1).cpu(), axis)))
 
     with autocast(model.device, model.about.config.train.precision):
         features = model.network.encode(cut(batch, window.start, size))
     noise = Noise(seed, classes, tuple(n // STRIDE for n in size))
     _draw(model, features, noise, range(1), window, steps, watch)
     return seen
+
+
+def _whole(x: Float[Tensor, "batch classes *space"], axis: int | None) -> Float[Tensor, "classes x y z"]:
+    """A batch of one volume, or of all its slices across an axis, as a volume."""
+    return x[0] if axis is None else x.movedim(0, axis + 1)
 
 
 def windows(space: tuple[int, ...], padded: tuple[int, ...], size: tuple[int, ...]) -> list[Window]:
@@ -151,6 +156,11 @@ def windows(space: tuple[int, ...], padded: tuple[int, ...], size: tuple[int, ..
     pairs = [list(zip(a, c, strict=True)) for a, c in zip(starts, cores, strict=True)]
     found = [tuple(zip(*corner, strict=True)) for corner in itertools.product(*pairs)]
     return [Window(start, size, core) for start, core in found if all(c.start < c.stop for c in core)]
+
+
+def _last(box: tuple[slice, ...]) -> Any:
+    """An index of the last dimensions."""
+    return (..., *box)
 
 
 def _starts(length: int, size: int) -> list[int]:

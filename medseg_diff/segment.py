@@ -15,7 +15,7 @@ from jaxtyping import Float, Integer
 from medseg_diff import __version__
 from medseg_diff.checkpoint import Model
 from medseg_diff.console import progress, say
-from medseg_diff.datasets.pipeline import prepare, restore
+from medseg_diff.datasets.pipeline import prepare, preprocessing, restore
 from medseg_diff.ensemble import Tally, agreement, interval90
 from medseg_diff.errors import UserError
 from medseg_diff.files import replacing
@@ -57,7 +57,7 @@ def segment_scan(
 
     `keep` is a folder for the sampled masks; without it they are counted and forgotten.
     """
-    prepared = prepare(scan, model.about.preprocessing)
+    prepared = prepare(scan, preprocessing(model.about.config.data))
     image, affine = prepared.as_tensor(), prepared.affine
     values, grid = list(model.about.labels), tuple(image.shape[1:])
     kept = None if keep is None else np.memmap(keep / "samples", np.uint8, "w+", shape=(samples, *grid))

@@ -20,20 +20,20 @@ from medseg_diff.console import progress, say
 from medseg_diff.datasets.augment import augment, margin_size
 from medseg_diff.datasets.cache import Volume, load_volumes
 from medseg_diff.datasets.layouts import Case, Dataset, digest, read_dataset, split
-from medseg_diff.datasets.pipeline import Preprocessing
+from medseg_diff.datasets.pipeline import preprocessing
 from medseg_diff.datasets.slices import draw_batch
 from medseg_diff.device import autocast
 from medseg_diff.diffusion.schedule import alpha_bar
 from medseg_diff.errors import UserError
 from medseg_diff.figures import draw_curves
 from medseg_diff.files import owned, replacing
-from medseg_diff.history import History
-from medseg_diff.interrupt import Interrupt
-from medseg_diff.objective import EnergyScore, conditional_loss, draw_levels, generation_loss, unet_loss
 from medseg_diff.scans.geometry import ras_spacing
 from medseg_diff.scans.read import read_scan
 from medseg_diff.tracking import start_run
-from medseg_diff.validate import validate
+from medseg_diff.training.history import History
+from medseg_diff.training.interrupt import Interrupt
+from medseg_diff.training.objective import EnergyScore, conditional_loss, draw_levels, generation_loss, unet_loss
+from medseg_diff.training.validation import validate
 
 LOG_EVERY = 20
 MOST_SKIPPED = 50
@@ -95,7 +95,7 @@ def train(config: Config, folder: Path, device: torch.device, *, fresh: bool = F
             say(f"{folder} is finished already; --fresh starts again, --name trains beside it")
             return json.loads((folder / FINISHED).read_text())
         config = _settle(folder, config, training, len(dataset.channels))
-        data, how = config.data, preprocessing(config)
+        data, how = config.data, preprocessing(config.data)
         values = list(dataset.labels)
         with progress("preparing volumes", len(training) + len(validation)) as advance:
             prepared = load_volumes(
@@ -227,7 +227,7 @@ def rehearse(config: Config, folder: Path, device: torch.device) -> str:
     for path in (case.image for case in (*training, *validation)):
         read_scan(path, channels)
     volumes = load_volumes(
-        training[:1], preprocessing(config), values=values, channels=channels, folder=config.data.cache
+        training[:1], preprocessing(config.data), values=values, channels=channels, folder=config.data.cache
     )
     state = begin(config, channels, len(values), device)
     _step(state, config, volumes, len(values), device)
@@ -246,13 +246,6 @@ def resolve(config: Config, training: Sequence[Case], channels: int) -> Config:
             advance()
     median = tuple(round(float(length), 4) for length in np.median(found, axis=0))
     return config.model_copy(update={"data": config.data.model_copy(update={"spacing_mm": median})})
-
-
-def preprocessing(config: Config) -> Preprocessing:
-    """What the transforms need of a resolved configuration."""
-    data = config.data
-    assert data.spacing_mm is not None, "resolve() comes first"
-    return Preprocessing(data.spacing_mm, data.modality, data.window_hu, data.percentiles)
 
 
 def begin(config: Config, channels: int, classes: int, device: torch.device) -> State:
@@ -290,8 +283,9 @@ def loss_of(
     rng = np.random.default_rng(seed)
     generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
     image, labels = draw_batch(
-        volumes, rng, batch_size=config.train.batch_size, size=margin_size(data.size) if config.train.augment else data.size,
-        axis=data.axis, neighbours=data.neighbours if config.task == "segment" else 0, foreground=data.foreground,
+        volumes, rng, batch_size=config.train.batch_size, axis=data.axis,
+        size=margin_size(data.size) if config.train.augment else data.size,
+        neighbours=data.neighbours if config.task == "segment" else 0, foreground=data.foreground,
     )  # fmt: skip
     image, labels = image.to(device), labels.to(device).long()
     if config.train.augment:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
+from monai.data import MetaTensor
 from torch import Tensor
 
 from medseg_diff import __version__
@@ -76,7 +77,7 @@ def _prepare(case: Case, how: Preprocessing, values: Sequence[int], channels: in
     return image, np.searchsorted(values, np.rint(maps).astype(np.int64)).astype(np.uint8)
 
 
-def _check_grid(label, image, path: Path, image_path: Path) -> None:
+def _check_grid(label: MetaTensor, image: MetaTensor, path: Path, image_path: Path) -> None:
     advice = f"Resample the label map onto the grid of {image_path.name}"
     if label.shape[1:] != image.shape[1:]:
         found, wanted = ("x".join(map(str, t.shape[1:])) for t in (label, image))

@@ -22,7 +22,11 @@ from monai.transforms import (
 )
 from torch import Tensor
 
+from medseg_diff.config import Data
 from medseg_diff.scans.read import Scan, read_label_map, read_scan
+
+ReadOne = Callable[[Path], tuple[np.ndarray, np.ndarray]]
+"""From a path to an array, channels first, and its affine."""
 
 SLAB_VOXELS = 4_000_000
 """Voxels that are restored at a time: the coordinates of a whole CT would take gigabytes."""
@@ -38,10 +42,16 @@ class Preprocessing:
     percentiles: tuple[float, float]
 
 
+def preprocessing(data: Data) -> Preprocessing:
+    """What the transforms need of a configuration whose spacing is resolved."""
+    assert data.spacing_mm is not None, "training fills in the spacing"
+    return Preprocessing(data.spacing_mm, data.modality, data.window_hu, data.percentiles)
+
+
 class Reader(ImageReader):
     """Lets MONAI's `LoadImaged` read through our checks: every format, nothing half-read."""
 
-    def __init__(self, read_one: Callable[[Path], tuple[np.ndarray, np.ndarray]]) -> None:
+    def __init__(self, read_one: ReadOne) -> None:
         super().__init__()
         self.read_one = read_one
 
@@ -61,7 +71,7 @@ class Reader(ImageReader):
 
 
 @cache
-def loading(channels: int, raters: int) -> LoadImaged:
+def loading(channels: int, raters: int) -> Compose:
     """Reads `image`, and the `label_0`, `label_1`, ... of its raters."""
 
     def image(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -72,11 +82,13 @@ def loading(channels: int, raters: int) -> LoadImaged:
         array, affine = read_label_map(path)
         return array[None].astype(np.int32), affine
 
-    keys = label_keys(raters)
-    load_image = LoadImaged("image", reader=Reader(image), ensure_channel_first=True)
-    if not keys:
-        return load_image
-    return Compose([load_image, LoadImaged(keys, reader=Reader(label), ensure_channel_first=True, dtype=np.int32)])
+    steps = [_load("image", image, np.float32)]
+    return Compose(steps + [_load(key, label, np.int32) for key in label_keys(raters)])
+
+
+def _load(key: str, read_one: ReadOne, dtype: type[np.generic]) -> LoadImaged:
+    reader: Any = Reader(read_one)
+    return LoadImaged(key, reader=reader, ensure_channel_first=True, dtype=dtype)
 
 
 def label_keys(raters: int) -> list[str]:
@@ -92,7 +104,7 @@ def preparing(how: Preprocessing, raters: int = 0) -> Compose:
     return Compose(
         [
             Orientationd(keys, axcodes="RAS", labels=None),
-            Spacingd(keys, pixdim=how.spacing_mm, mode=modes, padding_mode="border", dtype=torch.float32),
+            Spacingd(keys, pixdim=how.spacing_mm, mode=modes, padding_mode="border", dtype=np.float32),
             *_intensities(how),
         ]
     )
@@ -107,14 +119,14 @@ def prepare(scan: Scan, how: Preprocessing) -> MetaTensor:
 def restore(volume: Float[Tensor, "x y z"], affine: Float[Tensor, "4 4"], scan: Scan) -> Float[np.ndarray, "i j k"]:
     """A map on the network's grid, interpolated linearly onto the scan's own: by world position, slab by slab."""
     source = MetaTensor(volume[None].float().cpu(), affine=affine)
-    resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float64)
+    resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=np.float64)
     shape = scan.shape
     thickness = max(1, SLAB_VOXELS // (shape[0] * shape[1]))
     restored = np.empty(shape, np.float32)
     for start in range(0, shape[2], thickness):
         size = (*shape[:2], min(thickness, shape[2] - start))
         slab = scan.affine @ _shift(start)
-        part = resample(source, dst_affine=torch.from_numpy(slab), spatial_size=size)
+        part: Any = resample(source, dst_affine=torch.from_numpy(slab), spatial_size=size)
         restored[..., start : start + size[2]] = part.as_tensor()[0].numpy()
     return restored
 

@@ -1,6 +1,7 @@
 """Crops of volumes and of slices with their neighbours; the same code for 2 and 3 dimensions."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,4 +82,5 @@ def cut(x: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
     lengths = x.shape[-len(size) :]
     inner = tuple(slice(max(0, a), min(n, a + s)) for a, s, n in zip(start, size, lengths, strict=True))
     margins = [(max(0, -a), max(0, a + s - n)) for a, s, n in zip(start, size, lengths, strict=True)]
-    return functional.pad(x[(..., *inner)], [side for pair in reversed(margins) for side in pair])
+    index: Any = (..., *inner)
+    return functional.pad(x[index], [side for pair in reversed(margins) for side in pair])

@@ -11,10 +11,17 @@ from torch.nn import functional
 GROUPS = 8
 
 
-def convolution(dims: int, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Module:
+def convolution(dims: int, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d | nn.Conv3d:
     """A convolution padded so that stride 1 keeps the size and stride 2 halves it."""
     kind = nn.Conv2d if dims == 2 else nn.Conv3d
     return kind(inputs, outputs, kernel, stride=stride, padding=(kernel - 1) // 2)
+
+
+def start_at_zero(layer: nn.Conv2d | nn.Conv3d | nn.Linear) -> None:
+    """Zero weights and bias: the branch that ends here is silent at first."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def upsample(x: Float[Tensor, "batch channels *space"], factor: int = 2) -> Float[Tensor, "batch channels *larger"]:
@@ -33,6 +40,7 @@ class LevelEmbedding(nn.Module):
 
     def __init__(self, width: int, frequencies: int = 8) -> None:
         super().__init__()
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.arange(1, frequencies + 1).float(), persistent=False)
         self.layers = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 
@@ -52,8 +60,7 @@ class ResidualBlock(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(GROUPS, outputs), convolution(dims, outputs, outputs)
         self.skip = nn.Identity() if inputs == outputs else convolution(dims, inputs, outputs, kernel=1)
         self.film = nn.Linear(embedding, 2 * outputs) if embedding else None
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        start_at_zero(self.conv2)
 
     def forward(
         self, x: Float[Tensor, "batch inputs *space"], embedding: Float[Tensor, "batch width"] | None = None

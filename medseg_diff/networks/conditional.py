@@ -5,9 +5,16 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
-from medseg_diff.networks.blocks import LevelEmbedding, ResidualBlock, UNet, convolution, nearest, upsample
+from medseg_diff.networks.blocks import (
+    LevelEmbedding,
+    ResidualBlock,
+    UNet,
+    convolution,
+    nearest,
+    start_at_zero,
+    upsample,
+)
 
 STRIDE = 4
 """The noisy mask and the noise live on a grid this many times coarser than the image's."""
@@ -44,9 +51,8 @@ class Denoiser(nn.Module):
         self.up = nn.ModuleList(convolution(dims, a, b, kernel=1) for a, b in ((quarter, half), (eighth, quarter)))
         self.head = convolution(dims, half, classes)
         self.readout = nn.Linear(embedding, classes * fine)
-        for layer in (self.head, self.readout):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        start_at_zero(self.head)
+        start_at_zero(self.readout)
 
     def features(self, mean_logits: Tensor, decoded: list[Tensor]) -> tuple[Tensor, ...]:
         """The projected pyramid; it learns from the mean head's answer, and doesn't teach it."""
@@ -125,9 +131,3 @@ class SegmentationUNet(nn.Module):
 
 def _repeat(x: Tensor, draws: int) -> Tensor:
     return x.repeat(draws, *(1,) * (x.ndim - 1))
-
-
-def pooled(x: Float[Tensor, "batch classes *space"]) -> Float[Tensor, "batch classes *coarse"]:
-    """Block means at the noisy mask's grid."""
-    pool = functional.avg_pool2d if x.ndim == 4 else functional.avg_pool3d
-    return pool(x, STRIDE)

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medseg_diff.networks.blocks import GROUPS, LevelEmbedding, UNet, convolution
+from medseg_diff.networks.blocks import GROUPS, LevelEmbedding, UNet, convolution, start_at_zero
 
 
 class UnconditionalNet(nn.Module):
@@ -16,8 +16,7 @@ class UnconditionalNet(nn.Module):
         self.unet = UNet(dims, channels, widths, embedding)
         self.norm = nn.GroupNorm(GROUPS, widths[0])
         self.head = convolution(dims, widths[0], channels)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        start_at_zero(self.head)
 
     def forward(
         self, x_t: Float[Tensor, "batch channels *space"], alpha_bar: Float[Tensor, "batch"]

@@ -1,15 +1,16 @@
 """What training minimizes. Every loss calls the network that it is given, wrapped or not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import combinations
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medseg_diff.diffusion.masks import one_hot, to_analog
+from medseg_diff.diffusion.masks import one_hot, pool, to_analog
 from medseg_diff.diffusion.process import add_noise, input_scale_wiener, velocity
-from medseg_diff.networks.conditional import pooled
+from medseg_diff.networks.conditional import STRIDE
 
 Image = Float[Tensor, "batch channels *space"]
 Labels = Int[Tensor, "batch *space"]
@@ -25,18 +26,17 @@ class EnergyScore(nn.Module):
     def __init__(self, decay: float = 0.99) -> None:
         super().__init__()
         self.decay = decay
+        self.typical: Tensor
         self.register_buffer("typical", torch.zeros(4))
 
     def forward(
         self, drawn: Float[Tensor, "draws batch classes *space"], truth: Float[Tensor, "batch classes *space"]
     ) -> Float[Tensor, ""]:
         """Probabilities drawn (2 or more), against the one-hot truth."""
-        draws = len(drawn)
         scores = []
         for scale, (d, y) in enumerate(zip(_scales(drawn), _scales(truth[None]), strict=True)):
             error = _distance(d, y).mean()
-            pairs = [_distance(d[i], d[j]) for i in range(draws) for j in range(i)]
-            spread = torch.stack(pairs).mean()
+            spread = torch.stack([_distance(a, b) for a, b in combinations(d.unbind(), 2)]).mean()
             if self.training:
                 found = error.detach()
                 old = self.typical[scale]
@@ -68,7 +68,7 @@ def conditional_loss(
 ) -> Float[Tensor, ""]:
     """Cross-entropy of the mean head, energy score of the draws. All draws of an image share one noisy mask x_t."""
     truth = one_hot(labels, classes)
-    x_0 = to_analog(pooled(truth), scale)
+    x_0 = to_analog(pool(truth, STRIDE), scale)
     x_t = add_noise(x_0, _noise(x_0.shape, generator), alpha_bar)
     weight = input_scale_wiener(alpha_bar, scale).reshape(-1, *(1,) * (x_t.ndim - 1))
     states = (weight * x_t).expand(draws, *x_t.shape)
@@ -102,7 +102,6 @@ def _noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def _scales(mask: Float[Tensor, "draws batch classes *space"]) -> Iterator[Float[Tensor, "draws batch features"]]:
-    pool: Callable[..., Tensor] = functional.avg_pool2d if mask.ndim == 5 else functional.avg_pool3d
     yield mask.flatten(2)
     for block in (4, 16):
         yield pool(mask.flatten(0, 1), block).unflatten(0, mask.shape[:2]).flatten(2)

@@ -35,26 +35,24 @@ def validate(
 
 
 def draw_process(model: Model, volume: Volume, path: Path, seed: int) -> None:
-    """The slice with most foreground: scan, noise becoming a mask in a few calls, and the reference."""
+    """The slice with most foreground: above the noisy mask at every call, below the mask drawn from it."""
     config = model.about.config
-    axis = config.data.axis
+    axis, spacing_mm = config.data.axis, config.data.spacing_mm
+    assert spacing_mm is not None
     reference = volume.labels[0].numpy()
-    amount = (reference > 0).sum(tuple(i for i in range(3) if i != axis))
-    index = int(amount.argmax())
-
-    def slice_of(x: np.ndarray, length: int) -> np.ndarray:
-        position = index * x.shape[axis - 3] // length
-        return np.rot90(np.take(x, position, axis - 3), axes=(-2, -1))
-
     length = reference.shape[axis]
-    panels = [("scan", slice_of(volume.image[0].numpy(), length))]
-    for call, (state, probability) in enumerate(trace(model, volume.image, steps=STRIP_STEPS, seed=seed), start=1):
-        coarse = from_analog(state[None], config.diffusion.scale)[0].numpy()
-        name = "noise" if call == 1 else f"noisy mask, step {call}"
-        panels += [
-            (name, colours(slice_of(coarse, length))),
-            (f"drawn mask, step {call}", colours(slice_of(probability.numpy(), length))),
-        ]
+    index = int((reference > 0).sum(tuple(i for i in range(3) if i != axis)).argmax())
+
+    def slice_of(x: np.ndarray) -> np.ndarray:
+        """The same slice of a map on any grid over the volume, shown upright."""
+        return np.rot90(np.take(x, index * x.shape[axis - 3] // length, axis - 3), axes=(-2, -1))
+
     classes = np.stack([reference == k for k in range(len(model.about.labels))]).astype(float)
-    panels.append(("reference", colours(slice_of(classes, length))))
-    draw_strip(panels, path, "One sample: noise becomes a mask")
+    above = [("scan", slice_of(volume.image[0].numpy()))]
+    below = [("reference", colours(slice_of(classes)))]
+    for call, (state, probability) in enumerate(trace(model, volume.image, steps=STRIP_STEPS, seed=seed), start=1):
+        noisy = from_analog(state[None], config.diffusion.scale)[0].numpy()
+        above.append(("noise" if call == 1 else f"less noise ({call})", colours(slice_of(noisy))))
+        below.append((f"mask drawn from it ({call})", colours(slice_of(probability.numpy()))))
+    across, along = np.delete(spacing_mm, axis)
+    draw_strip([above, below], along / across, path)
