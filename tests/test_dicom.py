@@ -1,6 +1,7 @@
 import os
 import shutil
 import stat
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -223,17 +224,27 @@ def test_files_that_are_no_images_are_ignored_with_a_warning(tmp_path):
     report.SeriesInstanceUID = generate_uid()
     report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
     report.save_as(folder / "report.dcm")
+    (folder / "._7.dcm").write_bytes(b"left by a Mac")
     assert read_scan(folder).warnings == ("2 files that are no DICOM images were ignored",)
 
 
 def test_a_hostile_patient_name_goes_nowhere(tmp_path, capfd):
-    scan = read_scan(
-        make_series(tmp_path / "series", PatientName="../../x\n\x1b[31m" + "y" * 6000, PatientID="Doe\n4711")
+    with warnings.catch_warnings(action="ignore"):
+        name = "../../x\n\x1b[31m" + "y" * 6000
+        folder = make_series(tmp_path / "series", PatientName=name, PatientID="Doe\n4711")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        scan = read_scan(folder)
+        labels = np.ones(scan.shape, np.uint8)
+        write_rtstruct(labels, scan, {1: "One"}, tmp_path / "rt.dcm")
+        write_dicom_seg(labels, scan, {1: "One"}, tmp_path / "seg.dcm")
+    shown = (
+        "".join(capfd.readouterr()) + repr(scan.warnings) + str(scan.header) + repr([str(w.message) for w in warned])
     )
-    shown = "".join(capfd.readouterr()) + repr(scan.warnings) + str(scan.header)
     assert "x1b" not in shown
     assert "4711" not in shown
     assert "yyyy" not in shown
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rt.dcm", "seg.dcm", "series"]
 
 
 def test_links_that_leave_the_folder_and_fifos_are_refused(tmp_path):

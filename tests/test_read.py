@@ -265,6 +265,9 @@ def test_no_hang_on_what_is_no_file(tmp_path):
     assert "does not exist" in refusal(tmp_path / "broken.nii.gz")
     assert "does not exist" in refusal(tmp_path / "absent.nii.gz")
     assert "kind is not known" in refusal(write(tmp_path, "a.jpg", b"x"))
+    long = tmp_path / ("a" * 300 + ".nii.gz")
+    assert "File name too long" in refusal(long)
+    assert find_scans([long]) == [long]
 
 
 def image() -> sitk.Image:
@@ -299,6 +302,9 @@ def test_damaged_nrrd_and_mha_are_refused(tmp_path, suffix):
     assert "too early" in refusal(write(tmp_path, f"half.{suffix}", good[: start + 20]))
     assert "damaged" in refusal(write(tmp_path, f"empty.{suffix}", b""))
     assert "damaged" in refusal(write(tmp_path, f"text.{suffix}", b"not a scan"))
+    sitk.WriteImage(image(), tmp_path / f"raw.{suffix}", useCompression=False)
+    raw = (tmp_path / f"raw.{suffix}").read_bytes()
+    assert "do not fill the 240 bytes" in refusal(write(tmp_path, f"short.{suffix}", raw[:-1]))
     wide = good.replace(b"4 5 6", b"9000 9000 9000", 1)
     assert "more than the 1073741824" in refusal(write(tmp_path, f"wide.{suffix}", wide))
     longer = good.replace(b"4 5 6", b"4 5 5", 1)

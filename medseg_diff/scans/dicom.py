@@ -48,6 +48,13 @@ class Slice:
     thickness_mm: float
 
 
+@contextmanager
+def muted() -> Iterator[None]:
+    """Keeps the warnings of pydicom and highdicom unheard: they quote what they dislike, such as a patient's name."""
+    with warnings.catch_warnings(action="ignore"):
+        yield
+
+
 def is_dicom(path: Path) -> bool:
     """Whether a regular file carries the DICOM mark."""
     if not path.is_file():
@@ -113,7 +120,7 @@ def read_slices(path: Path, folder: Path) -> tuple[list[Slice], list[str]]:
     slices, ignored = [], 0
     for file in sorted(folder.rglob("*")):
         where = path / file.relative_to(folder)
-        if file.is_dir():
+        if file.is_dir() or file.name.startswith("."):
             continue
         if not file.is_file() or (file.is_symlink() and folder.resolve() not in file.resolve().parents):
             raise UserError(
@@ -139,11 +146,11 @@ def read_slices(path: Path, folder: Path) -> tuple[list[Slice], list[str]]:
     return slices, [f"{ignored} files that are no DICOM images were ignored"] if ignored else []
 
 
+@muted()
 def _read_slice(where: Path, path: Path) -> Slice | None:
     """The header of one slice, its pixel data's length checked; None for DICOM objects that are no images."""
     try:
-        # pydicom's warnings and errors quote the values that they dislike, so none of them is shown.
-        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+        with path.open("rb") as file:
             meta = read_file_meta_info(path)
             syntax = str(meta.TransferSyntaxUID)
             if syntax not in (IMPLICIT, EXPLICIT, BIG_ENDIAN, *COMPRESSED):
@@ -178,7 +185,7 @@ def _read_slice(where: Path, path: Path) -> Slice | None:
             )
     except (UserError, OSError):
         raise
-    except Exception as error:
+    except Exception as error:  # of many kinds, and quoting values too
         raise UserError(where, "its DICOM header is damaged or lacks the slice's geometry", EXPORT) from error
 
 

@@ -1,5 +1,6 @@
 """NRRD, MHA and PNG through SimpleITK, after the checks that it leaves out."""
 
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -60,21 +61,25 @@ def _bytes_a_value(pixel_id: int) -> int:
 
 
 def _check_container(path: Path, size: int) -> None:
-    """Voxels must lie in the file or in one beside it; compressed ones must inflate, undamaged, to `size` bytes.
+    """Voxels must lie in the file or in one beside it, undamaged, and fill `size` bytes.
 
     SimpleITK reads an MHA with a flipped byte in its compressed part without a word, and follows any path in a header.
     """
     with path.open("rb") as file:
         fields = _text_header(file, "=" if path.suffix.lower() != ".nrrd" else ":")
         name = next((fields[key] for key in ("elementdatafile", "data file", "datafile") if key in fields), "LOCAL")
-        beside = path.parent / name
-        if name != "LOCAL" and (Path(name).name != name or beside.is_symlink() or not beside.is_file()):
+        local, beside = name.upper() == "LOCAL", path.parent / name
+        if not local and (Path(name).name != name or beside.is_symlink() or not beside.is_file()):
             raise UserError(path, "its voxels are in a file that is not beside it", "Save the scan as one file.")
-        if fields.get("compresseddata", "").lower() == "true" or fields.get("encoding", "") in ("gz", "gzip"):
-            with file if name == "LOCAL" else beside.open("rb") as data:
-                found = Payload(path, data, compressed=True).rest(size)
-            if found != size:
-                raise UserError(path, f"its voxels do not fill the {size} bytes that its header promises", COPY_AGAIN)
+        with file if local else beside.open("rb") as data:
+            if fields.get("compresseddata", "").lower() == "true" or fields.get("encoding", "") in ("gz", "gzip"):
+                complete = Payload(path, data, compressed=True).rest(size) == size
+            else:
+                left = os.fstat(data.fileno()).st_size - data.tell()
+                as_text = fields.get("binarydata", "").lower() == "false" or fields.get("encoding", "raw") != "raw"
+                complete = left >= size or as_text
+    if not complete:
+        raise UserError(path, f"its voxels do not fill the {size} bytes that its header promises", COPY_AGAIN)
 
 
 def _text_header(file: BinaryIO, separator: str) -> dict[str, str]:

@@ -83,7 +83,7 @@ def read_label_map(path: str | Path) -> tuple[Int[np.ndarray, "x y z"], Float64[
 def scan_name(path: Path) -> str:
     """The stem of a scan's outputs: knee.nii.gz -> knee, a folder -> its name."""
     suffix = _suffix(path)
-    return path.name[: -len(suffix)] if suffix and not path.is_dir() else path.resolve().name
+    return path.name[: -len(suffix)] if suffix else path.resolve().name
 
 
 def find_scans(paths: list[Path]) -> list[Path]:
@@ -91,7 +91,7 @@ def find_scans(paths: list[Path]) -> list[Path]:
 
     Two scans whose outputs would have the same name are a UserError; `read_scan` refuses what cannot be read.
     """
-    found = [scan for path in paths for scan in (_scans_in(Path(path)) if Path(path).is_dir() else [Path(path)])]
+    found = [scan for path in paths for scan in _scans_at(Path(path))]
     names: dict[str, Path] = {}
     for scan in found:
         other = names.setdefault(scan_name(scan), scan)
@@ -102,11 +102,14 @@ def find_scans(paths: list[Path]) -> list[Path]:
     return found
 
 
-def _scans_in(folder: Path) -> list[Path]:
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    if any(is_dicom(entry) for entry in entries):
-        return [folder]
-    return [e for e in entries if _suffix(e) or (e.is_dir() and any(map(is_dicom, e.iterdir())))] or [folder]
+def _scans_at(path: Path) -> list[Path]:
+    try:
+        entries = sorted(entry for entry in path.iterdir() if entry.name[0] != ".") if path.is_dir() else []
+        if any(is_dicom(entry) for entry in entries if not _suffix(entry)):
+            return [path]
+        return [e for e in entries if _suffix(e) or (e.is_dir() and any(map(is_dicom, e.iterdir())))] or [path]
+    except OSError:
+        return [path]  # `read_scan` says why
 
 
 def _suffix(path: Path) -> str:
@@ -115,15 +118,15 @@ def _suffix(path: Path) -> str:
 
 def _read(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray, Header, str, list[str]]:
     """Values "channels x y z" as the file has them, affine in mm, header, kind, warnings."""
-    kind = "dicom" if path.is_dir() else KINDS.get(_suffix(path).lower())
-    if not path.exists():
-        raise UserError(path, "it does not exist", "Check the path.")
-    if not (path.is_dir() or path.is_file()):
-        raise UserError(path, "it is neither a file nor a folder", "Give a scan file or the folder of a DICOM series.")
-    if kind is None:
-        known = ", ".join(KINDS)
-        raise UserError(path, "its kind is not known", f"Give a file of {known}, or the folder of a DICOM series.")
     try:
+        if not path.exists():
+            raise UserError(path, "it does not exist", "Check the path.")
+        if not (path.is_dir() or path.is_file()):
+            raise UserError(path, "it is neither a file nor a folder", "Give a scan file or a DICOM series folder.")
+        kind = "dicom" if path.is_dir() else KINDS.get(_suffix(path).lower())
+        if kind is None:
+            known = ", ".join(KINDS)
+            raise UserError(path, "its kind is not known", f"Give a file of {known}, or a DICOM series folder.")
         if kind == "nifti":
             values, affine, header, warnings = read_nifti(path, channels)
             return values, affine, header, kind, warnings

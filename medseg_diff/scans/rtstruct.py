@@ -10,11 +10,13 @@ from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_
 from skimage.measure import find_contours
 
 from medseg_diff import __version__
+from medseg_diff.scans.dicom import muted
 from medseg_diff.scans.itk import LPS_TO_RAS
 from medseg_diff.scans.read import Scan
 from medseg_diff.scans.write import PATIENT_AND_STUDY, label_colors, replacing, source_headers
 
 
+@muted()
 def write_rtstruct(label_map: Integer[np.ndarray, "x y z"], scan: Scan, names: dict[int, str], path: Path) -> None:
     """Writes the contours of every label found, slice by slice; a hole is a contour inside a contour.
 

@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 
 from medseg_diff import __version__
 from medseg_diff.errors import UserError
-from medseg_diff.scans.dicom import dicom_folder, read_slices
+from medseg_diff.scans.dicom import dicom_folder, muted, read_slices
 from medseg_diff.scans.itk import LPS_TO_RAS
 from medseg_diff.scans.read import Scan
 
@@ -120,6 +120,7 @@ def write_seg_nrrd(label_map: Integer[np.ndarray, "x y z"], scan: Scan, names: d
             stream.writelines(slabs)
 
 
+@muted()
 def write_dicom_seg(label_map: Integer[np.ndarray, "x y z"], scan: Scan, names: dict[int, str], path: Path) -> None:
     """Writes a DICOM segmentation that belongs to the series the scan was read from.
 
