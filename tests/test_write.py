@@ -1,6 +1,7 @@
 import errno
 import itertools
 import os
+import struct
 from pathlib import Path
 
 import nibabel as nib
@@ -110,6 +111,7 @@ def test_nothing_personal_is_copied(tmp_path):
     written = (tmp_path / "seg.nii").read_bytes()
     assert b"Doe" not in written
     assert len(written) == 352 + LABELS.size
+    assert struct.unpack("<2f", written[112:120]) == (1, 0)  # scl_slope and scl_inter
 
 
 def test_frames_are_streamed_into_a_4d_file(tmp_path):
@@ -142,7 +144,10 @@ def test_equal_content_gives_equal_bytes(tmp_path):
         write_nifti([LABELS], scan, tmp_path / f"{name}.nii.gz", np.uint8)
         write_seg_nrrd(LABELS, scan, NAMES, tmp_path / f"{name}.seg.nrrd")
     for suffix in (".nii.gz", ".seg.nrrd"):
-        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+        written = (tmp_path / f"a{suffix}").read_bytes()
+        assert written == (tmp_path / f"b{suffix}").read_bytes()
+        start = written.index(b"\x1f\x8b\x08")
+        assert written[start + 3 : start + 8] == bytes(5)  # gzip's flags (a name would set one) and its time
 
 
 @pytest.mark.parametrize(
@@ -192,6 +197,20 @@ def test_a_full_disk_is_told_to_the_user(tmp_path):
     with pytest.raises(UserError, match="No space left on device"):
         fill()
     assert not list(path.parent.iterdir())
+
+
+def test_a_disk_that_fails_to_keep_the_data_leaves_the_old_file(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    scan = scan_at(tmp_path)
+    path = tmp_path / "seg.nii.gz"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match="Input/output error"):
+        write_nifti([LABELS], scan, path, np.uint8)
+    assert path.read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scan.nii.gz", "seg.nii.gz"]
 
 
 def test_a_name_of_255_bytes_can_be_written(tmp_path):
