@@ -63,8 +63,9 @@ def read_scan(path: str | Path, channels: int = 1) -> Scan:
     path = Path(path)
     values, affine, header, kind, warnings = _read(path, channels)
     array = _finite_float32(path, values, warnings)
-    if any(channel.min() == channel.max() for channel in array):
-        warnings.append(f"every voxel has the same value, {array.flat[0]:g}: there is nothing to segment")
+    for channel in array:
+        if channel.min() == channel.max():
+            warnings.append(f"every voxel has the same value, {channel.flat[0]:g}: there is nothing to segment")
     return Scan(path, scan_name(path), array, affine, header, kind, tuple(warnings))
 
 
