@@ -107,8 +107,9 @@ def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
     for member in members:
         name = PurePosixPath(member.filename.replace("\\", "/"))
         link = (member.external_attr >> 16) & 0o170000 == 0o120000
-        if name.is_absolute() or ".." in name.parts or ":" in name.parts[0] or link or member.flag_bits & 1:
-            what = f"its member {member.filename!r} is encrypted, a link, or would be written outside"
+        outside = not name.parts or name.is_absolute() or ".." in name.parts or ":" in name.parts[0]
+        if outside or link or member.flag_bits & 1:
+            what = f"its member {member.filename!r} is encrypted, a link, nameless, or would be written outside"
             raise UserError(path, what, "Zip the plain folder of the series again.")
     size = sum(member.file_size for member in members)
     if size > UNZIPPED_LIMIT:
