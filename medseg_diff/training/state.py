@@ -1,0 +1,56 @@
+"""All that a run needs to go on. The random numbers of a step come from the seed and the step alone."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from medseg_diff.checkpoint import build, load_state, save_state
+from medseg_diff.config import Config
+from medseg_diff.training.objective import EnergyScore
+
+PARTS = ("network", "average", "optimizer", "score")
+
+
+@dataclass
+class State:
+    """A run between two steps: `average` is the moving average of the weights, `best` the best validation so far."""
+
+    network: nn.Module
+    average: nn.Module
+    optimizer: torch.optim.Optimizer
+    score: EnergyScore
+    step: int = 0
+    elapsed_s: float = 0.0
+    validated: int = 0
+    best: float = -float("inf")
+    skipped: int = 0
+    tracking_id: str | None = None
+
+    def save(self, path: Path) -> None:
+        """Writes it whole or not at all."""
+        counters = {name: value for name, value in vars(self).items() if name not in PARTS}
+        save_state(path, {name: getattr(self, name).state_dict() for name in PARTS} | {"counters": counters})
+
+    def load(self, path: Path, device: torch.device) -> None:
+        """Takes up what `save` wrote. Raises UserError."""
+        held = load_state(path, device)
+        for name in PARTS:
+            getattr(self, name).load_state_dict(held[name])
+        for name, value in held["counters"].items():
+            setattr(self, name, value)
+
+    def spent(self, steps: int, max_minutes: float | None) -> float:
+        """Share of the budget, in steps or in minutes, whichever is further."""
+        return max(self.step / steps, self.elapsed_s / 60 / max_minutes if max_minutes else 0.0)
+
+
+def begin(config: Config, channels: int, classes: int, device: torch.device) -> State:
+    """A run at step 0, its weights drawn from the seed."""
+    network = build(config, channels, classes).to(device)
+    average = copy.deepcopy(network).requires_grad_(False)
+    decay = config.train.weight_decay
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.train.lr, betas=(0.9, 0.99), weight_decay=decay)
+    return State(network, average, optimizer, EnergyScore().to(device))
