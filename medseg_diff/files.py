@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +12,24 @@ from medseg_diff.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write aside, with the same suffixes; takes the place of `path` once on the disk, else is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    """Yields a path beside `path`, with its suffixes, to write to; then it takes the place of `path`.
+
+    The old file stays whole until the new one is on the disk; after an error the new one is removed.
+    UserError where the disk refuses.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(8)}{''.join(path.suffixes[-2:])}")
     try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        what = f"it cannot be written ({error.strerror or error})"
+        raise UserError(path, what, "Free some space, or choose a folder that can be written to.") from error
 
 
 @contextmanager
@@ -30,14 +39,17 @@ def owned(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
-        raise UserError(folder, f"cannot be written to ({error.strerror})", "Choose a folder that is yours") from error
+        what = f"it cannot be written to ({error.strerror})"
+        raise UserError(folder, what, "Choose a folder that can be written to.") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            what = "another process is working there"
+            raise UserError(folder, what, "Wait for it, or choose another name.") from error
         except OSError as error:
-            raise UserError(
-                folder, "another process is working there", "Wait for it, or choose another name"
-            ) from error
+            what = f"it cannot be locked ({error.strerror})"
+            raise UserError(folder, what, "Choose a folder on a disk that knows locks.") from error
         yield
 
 
