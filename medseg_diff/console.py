@@ -5,27 +5,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+TERMINAL = Console(stderr=True)
+"""One for all bars: those of a loop within a loop stand below each other."""
 
 
 def say(text: str) -> None:
     """A line on stderr, with control characters made visible: file names may hold anything."""
-    print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), file=sys.stderr, flush=True)
+    print("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), file=sys.stderr, flush=True)
 
 
 @contextmanager
-def progress(what: str, total: float) -> Iterator[Callable[..., None]]:
+def progress(what: str, total: int | float) -> Iterator[Callable[..., None]]:
     """A bar with the time left, where stderr is a terminal. Yields advance(by=1, note="")."""
     if not sys.stderr.isatty():
         yield lambda by=1.0, note="": None
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=TERMINAL, transient=True) as bar:
         task = bar.add_task(what, total=total, note="")
         yield lambda by=1.0, note="": bar.update(task, advance=by, note=note)
