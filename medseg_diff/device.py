@@ -9,11 +9,14 @@ from medseg_diff.errors import UserError
 
 def choose_device(name: str | None = None) -> torch.device:
     """The device of that name, else CUDA where there is one, else the CPU. Raises UserError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}", "there is no such device here", "Use cpu, cuda, or leave it out") from error
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(
+            f"--device {name}", "there is no such device here", "Use cpu, cuda, or leave it out."
+        ) from error
     return device
 
 
@@ -21,7 +24,9 @@ def fast_in_bf16(device: torch.device) -> bool:
     """Whether bfloat16 convolutions beat float32 ones: CUDA since Ampere, processors with instructions for it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
