@@ -28,9 +28,11 @@ class Interrupt:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within it a signal ends the program at once: nothing is lost."""
+        """For work that can be done again: a signal within it, or one that came before, ends the program."""
         self._at_once = True
         try:
+            if self.requested:
+                raise SystemExit(128 + self.requested)
             yield
         finally:
             self._at_once = False
