@@ -1,9 +1,11 @@
 """The configuration: the only home of defaults. A field's docstring is its documentation."""
 
 import difflib
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from textwrap import shorten
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -35,7 +37,7 @@ class Data(_Section):
     """ct: a window in Hounsfield units, mapped to [-1, 1]. mr: clipped at percentiles, then mean 0 and variance 1."""
     window_hu: tuple[Finite, Finite] = (-160.0, 240.0)
     """Lowest and highest Hounsfield unit that ct keeps."""
-    percentiles: tuple[Annotated[float, Field(ge=0, le=50)], Annotated[float, Field(ge=50, le=100)]] = (0.5, 99.5)
+    percentiles: tuple[Annotated[float, Field(ge=0, lt=50)], Annotated[float, Field(ge=50, le=100)]] = (0.5, 99.5)
     """Lowest and highest percentile of the intensities that mr keeps."""
     spacing_mm: tuple[Positive, Positive, Positive] | None = None
     """Voxel size of the network's grid along right, anterior, superior; null: the median of the training cases."""
@@ -45,7 +47,7 @@ class Data(_Section):
     """With 2 dimensions: the axis across the slices (0 sagittal, 1 coronal, 2 axial)."""
     neighbours: Annotated[int, Field(ge=0, le=8)] = 1
     """With 2 dimensions: slices on either side that are given as further channels."""
-    size: tuple[Count, ...]
+    size: tuple[Annotated[int, Field(ge=16, le=4096, multiple_of=16)], ...]
     """Training size in voxels of the network's grid, one number a dimension, multiples of 16."""
     foreground: Share = 0.5
     """Share of the training crops that are centred on a labelled voxel."""
@@ -57,7 +59,9 @@ class Network(_Section):
     kind: Literal["conditional", "unet", "unconditional"] = "conditional"
     """conditional: image encoder, mean head and a denoiser that draws masks. unet: the encoder and its head alone,
     trained by Dice and cross-entropy. unconditional: a denoiser of images, for task generate."""
-    widths: Annotated[tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...], Field(min_length=4, max_length=5)] = (
+    widths: Annotated[
+        tuple[Annotated[int, Field(ge=8, le=4096, multiple_of=8)], ...], Field(min_length=4, max_length=5)
+    ] = (
         16,
         32,
         64,
@@ -145,7 +149,7 @@ class Config(_Section):
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _fits_together(self) -> "Config":
         data = self.data
         if data.fold >= data.folds:
             raise ValueError(f"data.fold: {data.fold} is not below data.folds, {data.folds}")
@@ -153,8 +157,6 @@ class Config(_Section):
             raise ValueError(
                 f"data.size: {data.spatial_dims} numbers are needed for data.spatial_dims {data.spatial_dims}"
             )
-        if any(length % 16 for length in data.size):
-            raise ValueError(f"data.size: {list(data.size)} are not multiples of 16")
         if data.window_hu[0] >= data.window_hu[1]:
             raise ValueError("data.window_hu: the first number must be below the second")
         if (self.task == "generate") != (self.network.kind == "unconditional"):
@@ -162,30 +164,34 @@ class Config(_Section):
         return self
 
 
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+"""What safe_load raises: the latter two for impossible dates and huge numbers, and for brackets without end."""
+
+
 def load_config(path: Path, settings: Iterable[str] = ()) -> Config:
     """Reads a YAML file and lays `KEY=VALUE` settings over it. Raises UserError naming the key."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(path, reason(error), "Name a readable YAML file, such as configs/quickstart.yaml") from error
+        raise UserError(path, reason(error), "Name a readable YAML file, such as configs/quickstart.yaml.") from error
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(path, " ".join(str(error).split()), "Write plain YAML: no tags, two spaces a level") from error
+    except YAML_ERRORS as error:
+        raise UserError(path, " ".join(str(error).split()), "Write plain YAML: no tags, two spaces a level.") from error
     if not isinstance(content, dict):
-        raise UserError(path, "holds no mapping of keys", "Start from configs/quickstart.yaml")
+        raise UserError(path, "holds no mapping of keys", "Start from configs/quickstart.yaml.")
     for setting in settings:
         _lay_over(content, setting)
     return parse_config(content, path)
 
 
-def parse_config(content: dict[str, Any], where: str | Path) -> Config:
+def parse_config(content: Any, where: str | Path) -> Config:
     """Validates plain values. Raises UserError that names every wrong key."""
     try:
         return Config.model_validate(content)
     except ValidationError as error:
         problems = [_problem(dict(found)) for found in error.errors()]
-        raise UserError(where, "; ".join(problems), "Mend the configuration or the --set that gave it") from error
+        raise UserError(where, "; ".join(problems), "Mend the configuration or the --set that gave it.") from error
 
 
 def plain(config: Config) -> dict[str, Any]:
@@ -204,35 +210,45 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _lay_over(content: dict[str, Any], setting: str) -> None:
     key, separator, value = setting.partition("=")
     if not separator or not key:
-        raise UserError(f"--set {setting}", "is not KEY=VALUE", "Write for instance --set train.steps=500")
+        raise UserError(f"--set {setting}", "is not KEY=VALUE", "Write for instance --set train.steps=500.")
     *sections, leaf = key.split(".")
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
-            raise UserError(f"--set {setting}", f"{section} is no section", "Write section.key=value")
+            raise UserError(f"--set {setting}", f"{section} is no section", "Write section.key=value.")
     try:
         content[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {setting}", "the value is no YAML", "Quote it, or write [1, 2] for a list") from error
+    except YAML_ERRORS as error:
+        raise UserError(f"--set {setting}", "the value is no YAML", "Quote it, or write [1, 2] for a list.") from error
 
 
 def _problem(found: dict[str, Any]) -> str:
-    names = [str(part) for part in found["loc"]]
-    key = ".".join(names)
+    key = ".".join(map(str, found["loc"]))
     if found["type"] == "extra_forbidden":
-        known = _keys(names[:-1])
-        close = difflib.get_close_matches(names[-1], known, n=1)
-        return f"{key}: unknown key" + (f", did you mean {close[0]}?" if close else f" (there are {', '.join(known)})")
+        return _unknown(key)
     message = found["msg"].removeprefix("Value error, ")
-    return (
-        f"{key}: {message} (it is {found['input']!r})"
-        if key and found["type"] != "missing"
-        else f"{key or ''}{': ' if key else ''}{message}"
-    )
+    if not key:
+        return message
+    if found["type"] == "missing":
+        return f"{key}: {message}"
+    return f"{key}: {message} (it is {shorten(reprlib.repr(found['input']), 100)})"
 
 
-def _keys(sections: list[str]) -> list[str]:
-    model: Any = Config
-    for section in sections:
-        model = model.model_fields[section].annotation
-    return list(model.model_fields)
+def _unknown(key: str) -> str:
+    """What may have been meant: a key that looks alike, in the same section or in another."""
+    section, _, name = key.rpartition(".")
+    names = {known: known.rpartition(".")[2] for known in _keys(Config)}
+    beside = {known: own for known, own in names.items() if known.rpartition(".")[0] == section}
+    for candidates in (beside, names):
+        close = difflib.get_close_matches(name, candidates.values(), n=1)
+        if close:
+            meant = [known for known, own in candidates.items() if own in close]
+            return f"{key}: unknown key, did you mean {' or '.join(meant)}?"
+    return f"{key}: unknown key (there are {', '.join(beside)})"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
