@@ -37,9 +37,14 @@ def test_a_new_file_takes_the_place_of_the_old_one(tmp_path: Path):
 def test_the_old_file_stays_whole_after_an_error(tmp_path: Path, error: type[BaseException]):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(error), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def write_half() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -47,9 +52,9 @@ def test_the_old_file_stays_whole_after_an_error(tmp_path: Path, error: type[Bas
 def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path: Path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
-    with pytest.raises(UserError, match=r"a\.bin.*cannot be written.*Free some space"), replacing(path) as temporary:
-        with file_size_limit(1000):
-            temporary.write_bytes(bytes(5000))
+    refused = pytest.raises(UserError, match=r"a\.bin.*cannot be written.*Free some space")
+    with refused, replacing(path) as temporary, file_size_limit(1000):
+        temporary.write_bytes(bytes(5000))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -95,7 +100,14 @@ def test_a_long_name_can_be_written(tmp_path: Path):
     assert (tmp_path / f"{'x' * 248}.nii.gz").exists()
 
 
-HOLD = "import sys, medseg_diff.files as f, pathlib\nwith f.owned(pathlib.Path(sys.argv[1])):\n print(flush=True)\n input()"
+HOLD = """
+import sys
+from pathlib import Path
+from medseg_diff.files import owned
+with owned(Path(sys.argv[1])):
+    print(flush=True)
+    input()
+"""
 
 
 def test_a_folder_has_one_owner_and_a_dead_one_leaves_it(tmp_path: Path):
