@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from medseg_diff import __version__
-from medseg_diff.errors import UserError
+from medseg_diff.errors import UserError, reason
 
 app = typer.Typer(
     name="medseg-diff",
@@ -46,36 +46,43 @@ ModelOption = Annotated[
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="The same seed gives the same bytes.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda; by default cuda where there is one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def main() -> None:
-    """Runs the program; exit code 0 all done, 1 some scans were refused, 2 something given is wrong."""
+    """Runs the program: exit code 0 all done, 1 some scans were refused, 2 something given is wrong."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     _hush()
     try:
         app()
-    except UserError as error:
-        if _debug:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if debug:
             traceback.print_exc()
         from medseg_diff.console import say
 
-        say(f"error: {error}")
+        if isinstance(error, UserError):
+            say(f"error: {error}")
+        else:
+            say(f"error: {reason(error)}. This is not meant to happen: --debug shows where; please report it.")
         sys.exit(2)
 
 
-_debug = False
-
-
-@app.callback()
-def _options(
-    debug: DebugOption = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    global _debug
-    _debug = debug
-    if version:
+def _show_version(wanted: bool | None) -> None:
+    if wanted:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback(help=app.info.help)
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, with any command.")] = False,
+    version: Annotated[
+        bool | None, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = None,
+) -> None:
+    """Options before the command."""
 
 
 @app.command()
@@ -99,7 +106,7 @@ def train(
     from medseg_diff.config import load_config
 
     loaded = load_config(config, set_ or [])
-    folder = run_folder(name or config.stem)
+    folder = run_folder(config.stem if name is None else name)
     from medseg_diff.device import choose_device
     from medseg_diff.train import rehearse
     from medseg_diff.train import train as run
