@@ -1,6 +1,7 @@
 """Model files that explain themselves, and states to resume from. No pickle is ever opened."""
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from medseg_diff import __version__
-from medseg_diff.config import Config, parse_config, plain
+from medseg_diff.config import YAML_ERRORS, Config, parse_config, plain
 from medseg_diff.errors import UserError, reason
 from medseg_diff.files import replacing
 from medseg_diff.networks import build_network
@@ -88,26 +89,27 @@ def save_model(path: Path, weights: Mapping[str, Tensor], about: Description) ->
 def describe(path: Path) -> tuple[Description, str]:
     """Header and digest of a model file, without its weights. Raises UserError."""
     with _opened(path) as file:
-        return _description(path, file.metadata()), file.metadata()["digest"]
+        return _description(path, file.metadata())
 
 
 def load_model(path: Path, device: torch.device) -> Model:
     """Reads a model file and checks its digest. Raises UserError for whatever is not a whole model of ours."""
+    advice = "Copy the file again, or train the model again."
     with _opened(path) as file:
-        about = _description(path, file.metadata())
-        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        stated, text = file.metadata()["digest"], file.metadata()["description"]
-    advice = "Copy the file again, or train the model again"
+        about, stated = _description(path, file.metadata())
+        slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+        misfit = _misfit(about, {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()})
+        if misfit:
+            raise UserError(path, f"its weights do not fit the network that its header describes: {misfit}", advice)
+        tensors = {name: file.get_tensor(name) for name in slices}
+        text = file.metadata()["description"]
     if _digest(tensors, text) != stated:
-        raise UserError(path, "the weights do not fit the digest in the header: the file is damaged", advice)
+        raise UserError(path, "its content does not fit the digest in its header: the file is damaged", advice)
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise UserError(path, f"the weights {bad[0]} are not finite", advice)
-    network = build(about.config, len(about.channels), len(about.labels))
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(path, f"the weights do not fit the network: {reason(error)}", advice) from error
+        raise UserError(path, f"its weights {bad[0]} are not finite", "Train the model again.")
+    network = _network(about)
+    network.load_state_dict(tensors)
     return Model(network.to(device).eval().requires_grad_(False), about, path, stated, device)
 
 
@@ -135,7 +137,7 @@ def find_model(given: str | None, task: str) -> tuple[Path, str]:
         if path.is_dir():
             path = path / "best.safetensors"
         if not path.is_file():
-            advice = "Give --model a .safetensors file or the folder of a finished run"
+            advice = "Give --model a .safetensors file or the folder of a finished run."
             raise UserError(named, "there is no such model", advice)
         return path, f"--model {given}" if given else f"${ENVIRONMENT}"
     finished = sorted(Path("runs").glob(f"*/{FINISHED}"), key=lambda p: p.stat().st_mtime, reverse=True)
@@ -143,28 +145,32 @@ def find_model(given: str | None, task: str) -> tuple[Path, str]:
         if _task(summary.parent) == task and (summary.parent / "best.safetensors").is_file():
             return summary.parent / "best.safetensors", f"the newest finished run, {summary.parent}"
     what = f"no model: no --model, no ${ENVIRONMENT}, and no finished run of task {task} under ./runs"
-    raise UserError(
-        task, what, "Train one (medseg-diff train --config configs/quickstart.yaml), or name one by --model FILE"
-    )
+    advice = "Train one (medseg-diff train --config configs/quickstart.yaml), or name one by --model FILE."
+    raise UserError(task, what, advice)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes what a run needs to go on, whole or not at all."""
+    """Writes what a run needs to go on, whole or not at all. Raises UserError."""
+    content = io.BytesIO()  # torch.save hides a full disk behind a RuntimeError
+    torch.save(state, content)
     with replacing(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_state(path: Path, device: torch.device) -> dict[str, Any]:
     """Reads a state; tensors and plain values only. Raises UserError."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise UserError(path, f"cannot be resumed: {reason(error)}", "Start again with --fresh") from error
+        raise UserError(path, f"cannot be resumed: {reason(error)}", "Start again with --fresh.") from error
+    if not isinstance(state, dict):
+        raise UserError(path, "cannot be resumed: it holds no state of a run", "Start again with --fresh.")
+    return state
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    advice = "Give a .safetensors file that medseg-diff train wrote"
+    advice = "Give a .safetensors file that medseg-diff train wrote."
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("format") != FORMAT:
@@ -174,10 +180,10 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(path, f"is no readable model ({reason(error)})", advice) from error
 
 
-def _description(path: Path, metadata: dict[str, str]) -> Description:
+def _description(path: Path, metadata: dict[str, str]) -> tuple[Description, str]:
     try:
         held = json.loads(metadata["description"])
-        return Description(
+        about = Description(
             config=parse_config(held["config"], path),
             labels={int(value): name for value, name in held["labels"].items()},
             channels=tuple(held["channels"]),
@@ -186,8 +192,21 @@ def _description(path: Path, metadata: dict[str, str]) -> Description:
             trained=held["trained"],
             version=held["version"],
         )
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(path, f"its header is damaged ({reason(error)})", "Train the model again") from error
+        return about, metadata["digest"]
+    except (KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(path, f"its header is damaged ({reason(error)})", "Train the model again.") from error
+
+
+def _network(about: Description) -> nn.Module:
+    return build(about.config, len(about.channels), len(about.labels))
+
+
+def _misfit(about: Description, found: dict[str, tuple[str, list[int]]]) -> str | None:
+    """The first weight that differs from the network's; nothing is allocated for what a header only claims."""
+    with torch.device("meta"):
+        wanted = {name: ("F32", list(tensor.shape)) for name, tensor in _network(about).state_dict().items()}
+    different = (name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name))
+    return next((f"{name} is {found.get(name)}, not {wanted.get(name)}" for name in different), None)
 
 
 def _digest(tensors: Mapping[str, Tensor], description: str) -> str:
@@ -200,6 +219,6 @@ def _digest(tensors: Mapping[str, Tensor], description: str) -> str:
 
 def _task(run: Path) -> str | None:
     try:
-        return yaml.safe_load((run / "config.yaml").read_text()).get("task")
-    except (OSError, yaml.YAMLError, AttributeError):
+        return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")).get("task")
+    except (OSError, *YAML_ERRORS, AttributeError):
         return None
