@@ -55,7 +55,7 @@ class Denoiser(nn.Module):
         start_at_zero(self.readout)
 
     def features(self, mean_logits: Tensor, decoded: list[Tensor]) -> tuple[Tensor, ...]:
-        """The projected pyramid; it learns from the mean head's answer, and doesn't teach it."""
+        """The projected pyramid. It sees the mean head's answer, and doesn't teach the head."""
         maps = [torch.cat([decoded[0], mean_logits.detach().softmax(1)], dim=1), *decoded[1 : len(READOUT)]]
         return tuple(layer(m) for layer, m in zip(self.project, maps, strict=True))
 
@@ -66,7 +66,10 @@ class Denoiser(nn.Module):
         alpha_bar: Float[Tensor, "batch"],
         noise: Float[Tensor, "draws batch classes *coarse"],
     ) -> Float[Tensor, "draws batch classes *space"]:
-        """Logits of every draw. x_t comes scaled, so that it is 0 at pure noise, where `noise` is x_T itself."""
+        """Logits of every draw. x_t comes scaled, so that it is 0 at pure noise, where `noise` is x_T itself.
+
+        The mean head's logits are the base, and are not taught here: cross-entropy alone keeps them calibrated.
+        """
         draws = len(noise)
         fine, half, quarter, eighth = features.pyramid
         embedding = self.embed(alpha_bar)
@@ -76,7 +79,7 @@ class Denoiser(nn.Module):
         h = self.blocks[1](nearest(self.up[1](h)) + coarse + _repeat(quarter, draws), flat_embedding)
         h = self.blocks[0](nearest(self.up[0](h)) + _repeat(half, draws), flat_embedding)
         weights = self.readout(embedding).unflatten(1, (-1, fine.shape[1])).to(fine.dtype)
-        base = features.mean_logits + torch.einsum("bkc,bc...->bk...", weights, fine)
+        base = features.mean_logits.detach() + torch.einsum("bkc,bc...->bk...", weights, fine)
         logits = upsample(self.head(h).float())
         return base.float() + logits.unflatten(0, (draws, -1))
 
