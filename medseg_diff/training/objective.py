@@ -36,7 +36,7 @@ class EnergyScore(nn.Module):
         scores = []
         for scale, (d, y) in enumerate(zip(_scales(drawn), _scales(truth[None]), strict=True)):
             error = _distance(d, y).mean()
-            spread = torch.stack([_distance(a, b) for a, b in combinations(d.unbind(), 2)]).mean()
+            spread = torch.stack([_distance(a, b) for a, b in combinations(d.split(1), 2)]).mean()
             if self.training:
                 found = error.detach()
                 old = self.typical[scale]
@@ -108,5 +108,5 @@ def _scales(mask: Float[Tensor, "draws batch classes *space"]) -> Iterator[Float
     yield mask.flatten(3).mean(-1)
 
 
-def _distance(a: Float[Tensor, "*batch features"], b: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
+def _distance(a: Float[Tensor, "draws batch features"], b: Float[Tensor, "#draws batch features"]) -> Tensor:
     return torch.linalg.vector_norm(a - b, dim=-1)
