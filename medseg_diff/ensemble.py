@@ -7,6 +7,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+VOXELS_AT_ONCE = 200_000
+"""Bounds the memory; below 2^24 the counts are exact in float32."""
+
 
 @dataclass
 class Tally:
@@ -23,11 +26,11 @@ class Tally:
 
     def add(self, labels: UInt8[Tensor, "samples *space"]) -> None:
         """Counts a part of the volume; parts must not overlap."""
-        flat = labels.flatten(1)
-        for index in range(self.counts.shape[1]):
-            member = (flat == index).float()
-            self.counts[:, index] += member.sum(1, dtype=torch.float64).cpu()
-            self.common[..., index] += (member @ member.T).double().cpu()
+        for part in labels.flatten(1).split(VOXELS_AT_ONCE, dim=1):
+            for index in range(self.counts.shape[1]):
+                member = (part == index).float()
+                self.counts[:, index] += member.sum(1).double().cpu()
+                self.common[..., index] += (member @ member.T).double().cpu()
 
 
 def agreement(tally: Tally) -> Float[np.ndarray, "classes"]:
@@ -38,11 +41,16 @@ def agreement(tally: Tally) -> Float[np.ndarray, "classes"]:
     return dice.mean(0).numpy()
 
 
+def nominal_level(samples: int) -> float:
+    """The share of truths that `interval90` of so many draws covers where the sampler is right."""
+    return min(0.9, (samples - 1) / (samples + 1))
+
+
 def interval90(volumes_ml: Float[np.ndarray, "samples"], reported_ml: float) -> tuple[float, float]:
     """The 5th and the 95th percentile of the volume, widened to hold the volume that is reported.
 
     Of n exchangeable draws and the truth, the truth lies below the k-th smallest draw with probability k / (n + 1):
-    hence Weibull's plotting positions. Fewer than 19 draws cannot reach 90 %: 16 give their range, which covers 88 %.
+    hence Weibull's plotting positions. Fewer than 19 draws cannot reach 90 % and give their range; see `nominal_level`.
     """
     low, high = np.quantile(volumes_ml, [0.05, 0.95], method="weibull")
     return float(min(low, reported_ml)), float(max(high, reported_ml))
