@@ -18,10 +18,11 @@ from medseg_diff.diffusion.process import input_scale_wiener
 from medseg_diff.diffusion.sampler import sample
 from medseg_diff.diffusion.schedule import levels
 from medseg_diff.ensemble import Tally
+from medseg_diff.networks.blocks import nearest
 from medseg_diff.networks.conditional import STRIDE, Features
 
-ALIGN = 16
-"""Windows begin and end at multiples of this many voxels, so that every level of the network fits."""
+STEP = 16
+"""Windows, of training sizes, are multiples of this apart, so that their coarse grids coincide."""
 
 VOXELS_AT_ONCE = 2_000_000
 """Voxels times samples (or slices) in one call; bounds the memory."""
@@ -62,23 +63,24 @@ def predict(
     axis = data.axis if data.spatial_dims == 2 else None
     stack = image if axis is None else image.movedim(axis + 1, 1)
     space = tuple(stack.shape[1:]) if axis is None else tuple(stack.shape[2:])
-    padded = tuple(-(-n // ALIGN) * ALIGN for n in space)
+    padded = pad_to_stride(space, model.about.config.network.widths)
     probabilities = torch.zeros(classes, *stack.shape[1:])
     weights = torch.zeros(space)
     tally = Tally.empty(samples, classes) if drawing else None
     kept = keep if keep is None or axis is None else np.moveaxis(keep, axis + 1, 1)
     noise = Noise(seed, classes, tuple(n // STRIDE for n in padded))
+    found = windows(space, padded, data.size)
+    importance = _importance(found[0].size) if len(found) > 1 else torch.ones(padded)
 
-    for window in windows(space, padded, data.size):
+    for window in found:
         inside = tuple(slice(a, min(a + s, n)) for a, s, n in zip(window.start, window.size, space, strict=True))
         within = tuple(slice(0, s.stop - s.start) for s in inside)
-        importance = _importance(window.size)[within]
-        weights[inside] += importance
+        weights[inside] += importance[within]
         for chosen in _slabs(stack.shape[1], window.size) if axis is not None else [slice(None)]:
             batch = stack[None] if axis is None else with_neighbours(stack, data.neighbours, chosen)
             with autocast(model.device, model.about.config.train.precision):
                 features = model.network.encode(cut(batch, window.start, window.size))
-            mean = features.mean_logits.softmax(1).cpu()[_last(within)] * importance
+            mean = features.mean_logits.softmax(1).cpu()[_last(within)] * importance[within]
             where = inside if axis is None else (chosen, *inside)
             probabilities[(slice(None), *where)] += mean[0] if axis is None else mean.movedim(1, 0)
             if tally is None:
@@ -118,21 +120,23 @@ class Noise:
 def trace(
     model: Model, image: Float[Tensor, "channels x y z"], *, steps: int, seed: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """One sample of a whole prepared scan, call by call: the noisy mask [classes, *coarse] and the mask drawn from it.
+    """One sample of a whole prepared scan, in one window, call by call: the noisy mask and the mask drawn from it.
 
-    Both cover the scan padded to multiples of ALIGN.
+    Both are [classes, x, y, z]: the noisy one, an analog mask, repeated from its coarse grid; the other, probabilities.
     """
     data, classes = model.about.config.data, len(model.about.labels)
     axis = data.axis if data.spatial_dims == 2 else None
     stack = image.to(model.device) if axis is None else image.to(model.device).movedim(axis + 1, 1)
     space = stack.shape[1:] if axis is None else stack.shape[2:]
-    size = tuple(-(-n // ALIGN) * ALIGN for n in space)
+    size = pad_to_stride(space, model.about.config.network.widths)
     window = Window((0,) * len(size), size, tuple(slice(0, n) for n in size))
     batch = stack[None] if axis is None else with_neighbours(stack, data.neighbours)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def watch(x_t: Tensor, logits: Tensor) -> None:
-        seen.append((_whole(x_t[0].cpu(), axis), _whole(logits[0].softmax(1).cpu(), axis)))
+        both = nearest(x_t[0], STRIDE), logits[0].softmax(1)
+        noisy, drawn = (cut(x.cpu(), (0,) * len(space), space) for x in both)
+        seen.append((noisy[0], drawn[0]) if axis is None else (noisy.movedim(0, axis + 1), drawn.movedim(0, axis + 1)))
 
     with autocast(model.device, model.about.config.train.precision):
         features = model.network.encode(cut(batch, window.start, size))
@@ -141,9 +145,10 @@ def trace(
     return seen
 
 
-def _whole(x: Float[Tensor, "batch classes *space"], axis: int | None) -> Float[Tensor, "classes x y z"]:
-    """A batch of one volume, or of all its slices across an axis, as a volume."""
-    return x[0] if axis is None else x.movedim(0, axis + 1)
+def pad_to_stride(space: tuple[int, ...], widths: tuple[int, ...]) -> tuple[int, ...]:
+    """The next lengths that every level of the network fits. No more: padding is part of what the group norms see."""
+    stride = 2 ** (len(widths) - 1)
+    return tuple(-(-n // stride) * stride for n in space)
 
 
 def windows(space: tuple[int, ...], padded: tuple[int, ...], size: tuple[int, ...]) -> list[Window]:
@@ -154,8 +159,8 @@ def windows(space: tuple[int, ...], padded: tuple[int, ...], size: tuple[int, ..
     starts = [_starts(p, s) for p, s in zip(padded, size, strict=True)]
     cores = [_cores(a, s, n) for a, s, n in zip(starts, size, space, strict=True)]
     pairs = [list(zip(a, c, strict=True)) for a, c in zip(starts, cores, strict=True)]
-    found = [tuple(zip(*corner, strict=True)) for corner in itertools.product(*pairs)]
-    return [Window(start, size, core) for start, core in found if all(c.start < c.stop for c in core)]
+    corners = (tuple(zip(*corner, strict=True)) for corner in itertools.product(*pairs))
+    return [Window(start, size, core) for start, core in corners]
 
 
 def _last(box: tuple[slice, ...]) -> Any:
@@ -164,7 +169,7 @@ def _last(box: tuple[slice, ...]) -> Any:
 
 
 def _starts(length: int, size: int) -> list[int]:
-    step = max(ALIGN, size // 2 // ALIGN * ALIGN)
+    step = max(STEP, size // 2 // STEP * STEP)
     return [*range(0, length - size, step), length - size]
 
 
@@ -224,8 +229,13 @@ def _draw(
         coarse = pool(logits.softmax(2).flatten(0, 1), STRIDE)
         return to_analog(coarse, diffusion.scale).unflatten(0, (-1, batch))
 
-    path = levels(diffusion.schedule, steps)
-    sample(denoise, maps(0), path, method="ddpm", noise=lambda call: maps(2 * call + 1))
+    x_T = maps(0)
+
+    def fresh(step: int) -> Tensor:
+        """The last step adds no noise: whatever stands there is multiplied by 0, and x_T costs nothing."""
+        return maps(2 * step + 1) if step < steps - 1 else x_T
+
+    sample(denoise, x_T, levels(diffusion.schedule, steps), method="ddpm", noise=fresh)
     return logits.argmax(2).to(torch.uint8)
 
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,3 +26,47 @@ def hippocampus() -> Path:
 def dicom() -> Path:
     """A folder of DICOM series, one folder each."""
     return _real("dicom")
+
+
+LABELS = {0: "background", 7: "core", 205: "shell"}
+
+
+def untrained(path: Path, kind: str = "conditional", dims: int = 3, **changes: Any) -> Path:
+    """A tiny model file whose silent layers are given a voice; it draws masks of every label, if not good ones."""
+    import torch
+
+    from medseg_diff.checkpoint import Description, build, save_model
+    from medseg_diff.config import parse_config
+
+    content = {
+        "task": "generate" if kind == "unconditional" else "segment",
+        "data": {"root": "nowhere", "spacing_mm": [1, 1, 1], "spatial_dims": dims, "size": [16] * dims, "axis": 2},
+        "network": {"kind": kind, "widths": [8, 8, 8, 8]},
+        "train": {"precision": "fp32"},
+        "segment": {"samples": 4},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("_")
+        content[section][name] = value
+    config = parse_config(content, path)
+    network = build(config, 1, len(LABELS))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.3, generator=generator)
+    save_model(path, network.state_dict(), Description(config, LABELS, ("MR",), {}, {}, {"steps": 0}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of tiny untrained models: volumes, slices, unet, unconditional, unconditional_slices."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "volumes": untrained(folder / "volumes.safetensors"),
+        "slices": untrained(folder / "slices.safetensors", dims=2, data_axis=1),
+        "unet": untrained(folder / "unet.safetensors", "unet"),
+        "unconditional": untrained(folder / "unconditional.safetensors", "unconditional"),
+        "unconditional_slices": untrained(folder / "unconditional_slices.safetensors", "unconditional", dims=2),
+    }

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from medseg_diff.checkpoint import Model, load_model
 from medseg_diff.datasets.cache import Volume
 from medseg_diff.datasets.layouts import Case
-from medseg_diff.diffusion.masks import from_analog
+from medseg_diff.diffusion.masks import from_analog, one_hot
 from medseg_diff.evaluate import evaluate_model, logged
 from medseg_diff.figures import colours, draw_grid, draw_strip
 from medseg_diff.generate import generate_images
@@ -35,24 +36,29 @@ def validate(
 
 
 def draw_process(model: Model, volume: Volume, path: Path, seed: int) -> None:
-    """The slice with most foreground: above the noisy mask at every call, below the mask drawn from it."""
-    config = model.about.config
-    axis, spacing_mm = config.data.axis, config.data.spacing_mm
-    assert spacing_mm is not None
-    reference = volume.labels[0].numpy()
-    length = reference.shape[axis]
-    index = int((reference > 0).sum(tuple(i for i in range(3) if i != axis)).argmax())
+    """The slice with most foreground: above the noisy mask at every call, below the mask drawn from it.
 
-    def slice_of(x: np.ndarray) -> np.ndarray:
-        """The same slice of a map on any grid over the volume, shown upright."""
-        return np.rot90(np.take(x, index * x.shape[axis - 3] // length, axis - 3), axes=(-2, -1))
+    The network sees only what surrounds the slice; a whole CT in one window would take all the memory.
+    """
+    data, classes = model.about.config.data, len(model.about.labels)
+    assert data.spacing_mm is not None
+    most = int((volume.labels[0] > 0).movedim(data.axis, 0).sum((1, 2)).argmax())
+    reach = data.size[data.axis] // 2 if data.spatial_dims == 3 else data.neighbours + 1
+    first = max(0, most - reach)
+    image, labels = (
+        x.movedim(data.axis - 3, 0)[first : most + reach].movedim(0, data.axis - 3)
+        for x in (volume.image, volume.labels)
+    )
 
-    classes = np.stack([reference == k for k in range(len(model.about.labels))]).astype(float)
-    above = [("scan", slice_of(volume.image[0].numpy()))]
-    below = [("reference", colours(slice_of(classes)))]
-    for call, (state, probability) in enumerate(trace(model, volume.image, steps=STRIP_STEPS, seed=seed), start=1):
-        noisy = from_analog(state[None], config.diffusion.scale)[0].numpy()
+    def slice_of(x: Tensor) -> np.ndarray:
+        """The slice of a map, shown upright."""
+        return x.select(data.axis - 3, most - first).rot90(dims=(-2, -1)).numpy()
+
+    above = [("scan", slice_of(image[0]))]
+    below = [("reference", colours(slice_of(one_hot(labels[:1], classes)[0])))]
+    for call, (state, probability) in enumerate(trace(model, image, steps=STRIP_STEPS, seed=seed), start=1):
+        noisy = from_analog(state[None], model.about.config.diffusion.scale)[0]
         above.append(("noise" if call == 1 else f"less noise ({call})", colours(slice_of(noisy))))
-        below.append((f"mask drawn from it ({call})", colours(slice_of(probability.numpy()))))
-    across, along = np.delete(spacing_mm, axis)
-    draw_strip([above, below], along / across, path)
+        below.append((f"mask drawn from it ({call})", colours(slice_of(probability))))
+    width_mm, height_mm = np.delete(data.spacing_mm, data.axis)
+    draw_strip([above, below], height_mm / width_mm, path)

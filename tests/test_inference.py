@@ -1,0 +1,191 @@
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from medseg_diff import inference
+from medseg_diff.checkpoint import Model, load_model
+from medseg_diff.inference import STEP, Noise, Window, pad_to_stride, predict, trace, windows
+from medseg_diff.networks.blocks import nearest
+from medseg_diff.networks.conditional import STRIDE, Features
+
+CPU = torch.device("cpu")
+SHAPE = (34, 20, 18)
+
+
+@pytest.fixture(scope="module")
+def model(models) -> dict[str, Model]:
+    return {name: load_model(models[name], CPU) for name in ("volumes", "slices", "unet")}
+
+
+@pytest.fixture(scope="module")
+def image() -> Tensor:
+    return torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+class Pointwise(nn.Module):
+    """A network that sees one voxel at a time: cutting a scan into windows can't change what it says."""
+
+    def encode(self, image: Tensor) -> Features:
+        x = image.mean(1, keepdim=True)
+        return Features(torch.cat([x, x.square(), -x], 1), ())
+
+    def denoiser(self, features: Features, x_t: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        detail = nearest((x_t + noise).flatten(0, 1), STRIDE).unflatten(0, noise.shape[:2])
+        return features.mean_logits + detail
+
+
+def settings(model: Model, network: nn.Module | None = None, **data: object) -> Model:
+    config = model.about.config
+    config = config.model_copy(update={"data": config.data.model_copy(update=data)})
+    return replace(model, network=network or model.network, about=replace(model.about, config=config))
+
+
+def drawn(model: Model, image: Tensor, samples: int = 3, **options: int) -> tuple[inference.Prediction, np.ndarray]:
+    keep = np.full((samples, *image.shape[1:]), 255, np.uint8)
+    options = {"steps": 1, "seed": 0, **options}
+    return predict(model, image, samples=samples, keep=keep, **options), keep
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 48), (64, 64), (96, 16)])
+def test_cores_tile_the_volume(size):
+    for space in itertools.product((1, 15, 16, 17, 40, 64, 100, 131, 255), repeat=2):
+        padded = pad_to_stride(space, (8, 8, 8, 8))
+        count = np.zeros(space, int)
+        found = windows(space, padded, size)
+        for window in found:
+            count[window.core] += 1
+            for start, length, core, end in zip(window.start, window.size, window.core, padded, strict=True):
+                assert start <= core.start < core.stop <= start + length <= end
+                assert start % 8 == length % 8 == 0
+        assert (count == 1).all()
+        assert len({window.size for window in found}) == 1
+        if np.prod(padded) <= 4 * np.prod(size):
+            assert len(found) == 1
+
+
+def test_a_voxel_is_judged_away_from_its_windows_rim():
+    """Except at the rim of the volume, a core keeps a quarter of the window from the window's border."""
+    for window in windows((320, 16), (320, 16), (64, 16)):
+        core, start = window.core[0], window.start[0]
+        assert start == 0 or core.start - start >= 16
+        assert start + 64 == 320 or start + 64 - core.stop >= 16
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("kind", "size"), [("volumes", (16, 16, 16)), ("slices", (16, 16))])
+def test_windows_do_not_show(model, image, kind, size, steps):
+    whole, all_at_once = drawn(settings(model[kind], Pointwise(), size=(48, 48, 48)[: len(size)]), image, steps=steps)
+    cut, windowed = drawn(settings(model[kind], Pointwise(), size=size), image, steps=steps)
+    torch.testing.assert_close(whole.probabilities, cut.probabilities, atol=1e-5, rtol=0)
+    assert np.array_equal(all_at_once, windowed)
+    assert torch.equal(whole.tally.common, cut.tally.common)
+    expected = Pointwise().encode(image[None]).mean_logits.softmax(1)[0]
+    if kind == "volumes":
+        torch.testing.assert_close(whole.probabilities, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_slices_return_to_their_places(model, image, axis):
+    slices = settings(model["slices"], Pointwise(), axis=axis, neighbours=0)
+    found, _ = drawn(slices, image)
+    expected = Pointwise().encode(image[None]).mean_logits.softmax(1)[0]
+    torch.testing.assert_close(found.probabilities, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_slices_share_the_noise_of_their_volume(model, axis):
+    """On an image without content every slice of a sample is the same, and no two samples are."""
+    _, masks = drawn(settings(model["slices"], Pointwise(), axis=axis), torch.zeros(1, *SHAPE))
+    across = np.moveaxis(masks, axis + 1, 1)
+    assert (across == across[:, :1]).all()
+    assert len(np.unique(across[:, 0].reshape(3, -1), axis=0)) == 3
+
+
+def test_noise_of_a_window_is_the_crop_of_the_volumes():
+    noise = Noise(3, 2, (12, 8))
+    whole = noise(1, 0, Window((0, 0), (48, 32), (slice(0, 48), slice(0, 32))))
+    part = noise(1, 0, Window((16, 0), (32, 16), (slice(16, 48), slice(0, 16))))
+    assert torch.equal(part, whole[:, 4:12, 0:4])
+
+
+def test_noises_are_standard_normal_and_independent():
+    window = Window((0, 0), (256, 256), (slice(0, 256), slice(0, 256)))
+    keys = [(seed, sample, call) for seed in (0, 1) for sample in (0, 1) for call in (0, 1)]
+    maps = torch.stack([Noise(s, 3, (64, 64))(i, c, window).flatten() for s, i, c in keys])
+    assert (maps.mean(1).abs() < 0.05).all()
+    assert ((maps.var(1) - 1).abs() < 0.06).all()
+    assert ((torch.corrcoef(maps) - torch.eye(len(keys))).abs() < 0.05).all()
+
+
+@pytest.mark.parametrize("kind", ["volumes", "slices"])
+def test_samples_do_not_depend_on_how_they_are_grouped(model, image, kind, monkeypatch):
+    together, all_at_once = drawn(model[kind], image, steps=2)
+    monkeypatch.setattr(inference, "VOXELS_AT_ONCE", 5_000)
+    apart, one_by_one = drawn(model[kind], image, steps=2)
+    assert (all_at_once == one_by_one).mean() > 0.999, "only a tie may fall otherwise"
+    torch.testing.assert_close(together.probabilities, apart.probabilities, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["volumes", "slices"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_seed_decides_every_sample(model, image, kind, steps):
+    _, first = drawn(model[kind], image, steps=steps)
+    _, same = drawn(model[kind], image, steps=steps)
+    _, fewer = drawn(model[kind], image, samples=2, steps=steps)
+    _, other = drawn(model[kind], image, steps=steps, seed=1)
+    assert np.array_equal(first, same)
+    assert (first[:2] == fewer).mean() > 0.999
+    assert not np.array_equal(first, other)
+    assert set(np.unique(first)) == {0, 1, 2}
+    assert not np.array_equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("kind", ["volumes", "slices"])
+def test_the_tally_counts_the_samples(model, image, kind):
+    found, masks = drawn(model[kind], image)
+    for index in range(3):
+        assert found.tally.counts[:, index].tolist() == (masks == index).sum((1, 2, 3)).tolist()
+        assert found.tally.common[0, 1, index] == ((masks[0] == index) & (masks[1] == index)).sum()
+    torch.testing.assert_close(found.probabilities.sum(0), torch.ones(SHAPE))
+    assert found.samples is masks
+
+
+def test_samples_are_counted_and_forgotten(model, image):
+    assert predict(model["volumes"], image, samples=2, steps=1, seed=0).samples is None
+
+
+def test_a_deterministic_network_draws_nothing(model, image):
+    found = predict(model["unet"], image, samples=0, steps=1, seed=0)
+    assert found.tally is None
+    torch.testing.assert_close(found.probabilities.sum(0), torch.ones(SHAPE))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_no_noise_is_drawn_in_vain(model, image, steps, monkeypatch):
+    calls = []
+
+    def mix(*numbers: int) -> int:
+        calls.append(numbers)
+        return sum(numbers)
+
+    monkeypatch.setattr(inference, "_mix", mix)
+    predict(settings(model["volumes"], Pointwise(), size=(48, 32, 32)), image, samples=1, steps=steps, seed=0)
+    assert len(calls) == len(set(calls)) == 2 * steps - 1
+
+
+@pytest.mark.parametrize("kind", ["volumes", "slices"])
+def test_a_trace_shows_how_the_first_sample_came_about(model, image, kind):
+    one_window = settings(model[kind], size=(48, 48, 48)[: model[kind].about.config.data.spatial_dims])
+    _, masks = drawn(one_window, image, steps=3)
+    seen = trace(one_window, image, steps=3, seed=0)
+    assert [(tuple(noisy.shape), tuple(p.shape)) for noisy, p in seen] == [((3, *SHAPE),) * 2] * 3
+    assert (seen[-1][1].argmax(0).numpy() == masks[0]).mean() > 0.999
+    first = seen[0][0] if kind == "volumes" else seen[0][0][:, :, 7]
+    coarse = tuple(n // STRIDE for n in pad_to_stride(tuple(first.shape[1:]), (8, 8, 8, 8)))
+    x_T = Noise(0, 3, coarse)(0, 0, Window((0,) * len(coarse), tuple(STRIDE * n for n in coarse), ()))
+    on_grid = first[(..., *[slice(None, None, STRIDE)] * len(coarse))]
+    assert torch.equal(on_grid, x_T[(..., *map(slice, on_grid.shape[1:]))])
