@@ -27,7 +27,7 @@ from medseg_diff.tracking import start_run
 from medseg_diff.training.history import History
 from medseg_diff.training.interrupt import Interrupt
 from medseg_diff.training.state import State, begin
-from medseg_diff.training.step import loss_of, set_learning_rate, take_step
+from medseg_diff.training.step import held_out_loss, set_learning_rate, take_step
 from medseg_diff.training.validation import validate
 
 LOG_EVERY = 20
@@ -179,11 +179,8 @@ def _validate(
     about = Description(config, dataset.labels, dataset.channels, {}, tags, {"steps": state.step})
     save_model(path, weights, about)
     metrics = validate(path, device, cases, held_out, config.seed)
-    state.score.eval()
-    with torch.no_grad():
-        seeds = [(config.seed, 2**40 + index) for index in range(VALIDATION_BATCHES)]
-        losses = [loss_of(state.average, state.score, config, held_out, len(dataset.labels), seed) for seed in seeds]
-    state.score.train()
+    seeds = [(config.seed, 2**40 + index) for index in range(VALIDATION_BATCHES)]
+    losses = [held_out_loss(state.average, config, held_out, seed) for seed in seeds]
     metrics["val/loss"] = float(torch.stack(losses).mean())
     save_model(path, weights, replace(about, scores=metrics))
     found = metrics.get("val/dice", -metrics["val/loss"])

@@ -75,11 +75,11 @@ def test_debug_shows_the_traceback_of_an_error(call, scan):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("train.stepps=5", "did you mean steps"),
+        ("train.stepps=5", "did you mean"),
         ("train.lr=nan", "train.lr"),
         ("train.steps=-1", "train.steps"),
         ("nonsense", "KEY=VALUE"),
-        ("data.size=[30, 48, 32]", "multiples of 16"),
+        ("data.size=[30, 48, 32]", "multiple of 16"),
     ],
 )
 def test_configuration_errors_name_the_key(setting, said, call):

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.nn import functional
 
@@ -12,13 +12,13 @@ SCALE = 0.15
 SHIFT = 0.06
 GAIN, OFFSET, NOISE = 0.25, 0.3, 0.05
 
-MARGIN = 1.25
-"""Crops are drawn this much larger than they are trained on, so that a rotated one has corners."""
+MARGIN = 0.125
+"""Crops are drawn wider by this part on either side, so that a rotated one has corners."""
 
 
-def margin_size(size: tuple[int, ...]) -> tuple[int, ...]:
-    """Lengths to draw for a training size."""
-    return tuple(2 * math.ceil(length * MARGIN / 2) for length in size)
+def margin_of(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Voxels to draw around a training size."""
+    return tuple(math.ceil(length * MARGIN) for length in size)
 
 
 def augment(
@@ -27,7 +27,7 @@ def augment(
     size: tuple[int, ...],
     spacing_mm: tuple[float, ...],
     generator: torch.Generator,
-) -> tuple[Float[Tensor, "batch channels *size"], Float[Tensor, "batch *size"]]:
+) -> tuple[Float[Tensor, "batch channels *size"], Int[Tensor, "batch *size"]]:
     """Rotates by up to 15 degrees a plane (in mm), scales by up to e^.15, shifts by up to 6 %; gain, offset, noise."""
     batch, space = len(image), image.shape[2:]
     grid = _grid(batch, space, size, spacing_mm, generator).to(image.dtype)

@@ -29,24 +29,32 @@ def draw_batch(
     *,
     batch_size: int,
     size: tuple[int, ...],
+    margin: tuple[int, ...],
     axis: int,
     neighbours: int,
     foreground: float,
-) -> tuple[Float[Tensor, "batch channels *size"], UInt8[Tensor, "batch *size"]]:
+) -> tuple[Float[Tensor, "batch channels *space"], UInt8[Tensor, "batch *space"]]:
     """Random crops: of volumes where `size` has three numbers, of slices across `axis` where it has two.
 
     The share `foreground` is centred on a voxel of a random class, the rest anywhere. Of several raters one is drawn.
-    Beyond the volume lie zeros: the mean intensity, and the background.
+    `margin` is added on either side of the crop. Beyond the volume lie zeros: the mean intensity, and the background.
     """
     crops = [
-        _crop(volumes[i], rng, size, axis, neighbours, foreground) for i in rng.integers(len(volumes), size=batch_size)
+        _crop(volumes[i], rng, size, margin, axis, neighbours, foreground)
+        for i in rng.integers(len(volumes), size=batch_size)
     ]
     images, labels = zip(*crops, strict=True)
     return torch.stack(images), torch.stack(labels)
 
 
 def _crop(
-    volume: Volume, rng: np.random.Generator, size: tuple[int, ...], axis: int, neighbours: int, foreground: float
+    volume: Volume,
+    rng: np.random.Generator,
+    size: tuple[int, ...],
+    margin: tuple[int, ...],
+    axis: int,
+    neighbours: int,
+    foreground: float,
 ) -> tuple[Tensor, Tensor]:
     shape = np.array(volume.image.shape[1:])
     labels = (
@@ -66,8 +74,9 @@ def _crop(
         image = with_neighbours(image, neighbours, slice(index, index + 1))[0]
         labels = labels[index]
         centre, shape = np.delete(centre, axis), np.delete(shape, axis)
-    start = [_start(int(c), int(n), s, rng) for c, n, s in zip(centre, shape, size, strict=True)]
-    return cut(image, start, size), cut(labels, start, size)
+    start = [_start(int(c), int(n), s, rng) - m for c, n, s, m in zip(centre, shape, size, margin, strict=True)]
+    wide = [s + 2 * m for s, m in zip(size, margin, strict=True)]
+    return cut(image, start, wide), cut(labels, start, wide)
 
 
 def _start(centre: int, length: int, size: int, rng: np.random.Generator) -> int:

@@ -1,14 +1,16 @@
 """One step of training: batch, noise, loss, gradient, moving average."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from medseg_diff.config import Config
-from medseg_diff.datasets.augment import augment, margin_size
+from medseg_diff.datasets.augment import augment, margin_of
 from medseg_diff.datasets.cache import Volume
 from medseg_diff.datasets.slices import draw_batch
 from medseg_diff.device import autocast
@@ -51,24 +53,10 @@ def loss_of(
     seed: tuple[int, int],
 ) -> Float[Tensor, ""]:
     """The loss of one random batch, a function of the weights and of `seed`."""
-    data, diffusion, device = config.data, config.diffusion, next(network.parameters()).device
-    rng = np.random.default_rng(seed)
-    generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-    image, labels = draw_batch(
-        volumes,
-        rng,
-        batch_size=config.train.batch_size,
-        size=margin_size(data.size) if config.train.augment else data.size,
-        axis=data.axis,
-        neighbours=data.neighbours if config.task == "segment" else 0,
-        foreground=data.foreground,
-    )
-    image, labels = image.to(device), labels.to(device).long()
-    if config.train.augment:
-        image, labels = augment(image, labels, data.size, _spacing(config), generator)
-    abar = alpha_bar(
-        diffusion.schedule, draw_levels(len(image), diffusion.train_steps, diffusion.pure_noise, generator)
-    )
+    diffusion, device = config.diffusion, next(network.parameters()).device
+    image, labels, generator = _batch(config, volumes, seed, device)
+    levels = draw_levels(len(image), diffusion.train_steps, diffusion.pure_noise, generator)
+    abar = alpha_bar(diffusion.schedule, levels)
     with autocast(device, config.train.precision):
         match config.network.kind:
             case "conditional":
@@ -88,6 +76,40 @@ def loss_of(
                 return unet_loss(network, image, labels, classes=classes)
             case "unconditional":
                 return generation_loss(network, image, abar, generator)
+
+
+def held_out_loss(network: Any, config: Config, volumes: Sequence[Volume], seed: tuple[int, int]) -> Float[Tensor, ""]:
+    """What validations compare, on one random batch: cross-entropy of the mean head, or the error of the velocity."""
+    diffusion, device = config.diffusion, next(network.parameters()).device
+    image, labels, generator = _batch(config, volumes, seed, device)
+    with autocast(device, config.train.precision), torch.no_grad():
+        if config.task == "segment":
+            return cross_entropy(network.encode(image).mean_logits, labels)
+        levels = draw_levels(len(image), diffusion.train_steps, diffusion.pure_noise, generator)
+        return generation_loss(network, image, alpha_bar(diffusion.schedule, levels), generator)
+
+
+def _batch(
+    config: Config, volumes: Sequence[Volume], seed: tuple[int, int], device: torch.device
+) -> tuple[Float[Tensor, "batch channels *space"], Int64[Tensor, "batch *space"], torch.Generator]:
+    """Crops on the device, augmented, and the generator that goes on from there."""
+    data, augmented = config.data, config.train.augment
+    rng = np.random.default_rng(seed)
+    generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+    image, labels = draw_batch(
+        volumes,
+        rng,
+        batch_size=config.train.batch_size,
+        size=data.size,
+        margin=margin_of(data.size) if augmented else (0,) * data.spatial_dims,
+        axis=data.axis,
+        neighbours=data.neighbours if config.task == "segment" else 0,
+        foreground=data.foreground,
+    )
+    image, labels = image.to(device), labels.to(device).long()
+    if augmented:
+        image, labels = augment(image, labels, data.size, _spacing(config), generator)
+    return image, labels, generator
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, warmup: float, spent: float) -> None:
