@@ -185,7 +185,7 @@ def _description(path: Path, metadata: dict[str, str]) -> tuple[Description, str
         held = json.loads(metadata["description"])
         about = Description(
             config=parse_config(held["config"], path),
-            labels={int(value): name for value, name in held["labels"].items()},
+            labels=dict(sorted((int(value), name) for value, name in held["labels"].items())),
             channels=tuple(held["channels"]),
             scores=held["scores"],
             dataset=held["dataset"],
