@@ -146,9 +146,12 @@ def trace(
 
 
 def pad_to_stride(space: tuple[int, ...], widths: tuple[int, ...]) -> tuple[int, ...]:
-    """The next lengths that every level of the network fits. No more: padding is part of what the group norms see."""
+    """The next lengths that every level of the network fits. No more: padding is part of what the group norms see.
+
+    At least two voxels are left at the deepest level, since a norm of one alone is not defined.
+    """
     stride = 2 ** (len(widths) - 1)
-    return tuple(-(-n // stride) * stride for n in space)
+    return tuple(max(2, -(-n // stride)) * stride for n in space)
 
 
 def windows(space: tuple[int, ...], padded: tuple[int, ...], size: tuple[int, ...]) -> list[Window]:
@@ -160,7 +163,8 @@ def windows(space: tuple[int, ...], padded: tuple[int, ...], size: tuple[int, ..
     cores = [_cores(a, s, n) for a, s, n in zip(starts, size, space, strict=True)]
     pairs = [list(zip(a, c, strict=True)) for a, c in zip(starts, cores, strict=True)]
     corners = (tuple(zip(*corner, strict=True)) for corner in itertools.product(*pairs))
-    return [Window(start, size, core) for start, core in corners]
+    found = [Window(start, size, core) for start, core in corners]
+    return [window for window in found if all(c.start < c.stop for c in window.core)]  # some hold only padding
 
 
 def _last(box: tuple[slice, ...]) -> Any:

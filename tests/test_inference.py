@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from medseg_diff import inference
 from medseg_diff.checkpoint import Model, load_model
-from medseg_diff.inference import STEP, Noise, Window, pad_to_stride, predict, trace, windows
+from medseg_diff.inference import Noise, Window, pad_to_stride, predict, trace, windows
 from medseg_diff.networks.blocks import nearest
 from medseg_diff.networks.conditional import STRIDE, Features
 
@@ -50,10 +50,16 @@ def drawn(model: Model, image: Tensor, samples: int = 3, **options: int) -> tupl
     return predict(model, image, samples=samples, keep=keep, **options), keep
 
 
+def test_padding_reaches_the_next_stride():
+    assert pad_to_stride((1, 16, 17, 40), (8,) * 4) == (16, 16, 24, 40)
+    assert pad_to_stride((1, 16, 17, 40), (8,) * 5) == (32, 32, 32, 48)
+
+
+@pytest.mark.parametrize("levels", [4, 5])
 @pytest.mark.parametrize("size", [(16, 16), (32, 48), (64, 64), (96, 16)])
-def test_cores_tile_the_volume(size):
+def test_cores_tile_the_volume(size, levels):
     for space in itertools.product((1, 15, 16, 17, 40, 64, 100, 131, 255), repeat=2):
-        padded = pad_to_stride(space, (8, 8, 8, 8))
+        padded = pad_to_stride(space, (8,) * levels)
         count = np.zeros(space, int)
         found = windows(space, padded, size)
         for window in found:
