@@ -9,17 +9,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import monai
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 from monai.data import MetaTensor
 from torch import Tensor
 
-from medseg_diff import __version__
+from medseg_diff.datasets import pipeline
 from medseg_diff.datasets.layouts import Case
-from medseg_diff.datasets.pipeline import Preprocessing, label_keys, loading, preparing
+from medseg_diff.datasets.pipeline import Preprocessing, label_keys, load, preparing
 from medseg_diff.errors import UserError
 from medseg_diff.files import replacing
+
+CODE = hashlib.sha256(Path(pipeline.__file__).read_bytes() + monai.__version__.encode()).hexdigest()
+"""What prepared a volume; another program prepares it anew."""
+
+MOST_CLASSES = 256
+"""A voxel's label takes a byte."""
 
 SEEDS_PER_CLASS = 4096
 """Labelled voxels of a class that are remembered as centres for crops."""
@@ -44,8 +51,13 @@ def load_volumes(
     folder: Path,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Volume]:
-    """Prepared cases, from the cache where files and transforms are as they were. Labels become indices into values."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Prepared cases, from the cache where files and transforms are as they were. Raises UserError.
+
+    Labels become indices into `values`, which ascend.
+    """
+    if len(values) > MOST_CLASSES:
+        what = f"{len(values)} labels are declared, and {MOST_CLASSES} can be learned with the background"
+        raise UserError("labels", what, "Merge some of them.")
     volumes = []
     for done, case in enumerate(cases, start=1):
         stem = folder / _key(case, how, values, channels)
@@ -64,8 +76,7 @@ def load_volumes(
 
 def _prepare(case: Case, how: Preprocessing, values: Sequence[int], channels: int) -> tuple[np.ndarray, np.ndarray]:
     keys = label_keys(len(case.labels))
-    paths = {"image": case.image, **dict(zip(keys, case.labels, strict=True))}
-    loaded = loading(channels, len(keys))(paths)
+    loaded = load(case.image, case.labels, channels)
     for key, path in zip(keys, case.labels, strict=True):
         _check_grid(loaded[key], loaded["image"], path, case.image)
         _check_values(loaded[key], values, path)
@@ -78,7 +89,7 @@ def _prepare(case: Case, how: Preprocessing, values: Sequence[int], channels: in
 
 
 def _check_grid(label: MetaTensor, image: MetaTensor, path: Path, image_path: Path) -> None:
-    advice = f"Resample the label map onto the grid of {image_path.name}"
+    advice = f"Resample the label map onto the grid of {image_path.name}."
     if label.shape[1:] != image.shape[1:]:
         found, wanted = ("x".join(map(str, t.shape[1:])) for t in (label, image))
         raise UserError(path, f"its shape is {found}, and {image_path.name} has {wanted}", advice)
@@ -91,7 +102,8 @@ def _check_values(label: Tensor, values: Sequence[int], path: Path) -> None:
     unknown = sorted(set(np.unique(label.numpy()).tolist()) - set(values))
     if unknown:
         listed = ", ".join(map(str, unknown[:5]))
-        raise UserError(path, f"holds the label {listed}", "Declare it under 'labels' of dataset.json, or remove it")
+        advice = "Declare them under 'labels' of dataset.json, or correct the file."
+        raise UserError(path, f"holds label values that are not declared: {listed}", advice)
 
 
 def _centres(labels: np.ndarray, classes: int) -> tuple[np.ndarray, ...]:
@@ -109,5 +121,5 @@ def _key(case: Case, how: Preprocessing, values: Sequence[int], channels: int) -
         (str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns)
         for path in (case.image, *case.labels)
     ]
-    content = json.dumps([__version__, files, asdict(how), list(values), channels])
+    content = json.dumps([CODE, files, asdict(how), list(values), channels])
     return hashlib.sha256(content.encode()).hexdigest()[:32]

@@ -1,32 +1,29 @@
 """MONAI transforms from a scan to the network's grid, and the way back onto the scan's own grid."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from monai.data import ImageReader, MetaTensor
+from jaxtyping import Float, Shaped
+from monai.data import MetaTensor
+from monai.data.utils import zoom_affine
 from monai.transforms import (
     ClipIntensityPercentilesd,
     Compose,
-    LoadImaged,
     NormalizeIntensityd,
     Orientationd,
     ScaleIntensityRanged,
-    Spacingd,
     SpatialResample,
 )
 from torch import Tensor
 
 from medseg_diff.config import Data
 from medseg_diff.scans.read import Scan, read_label_map, read_scan
-
-ReadOne = Callable[[Path], tuple[np.ndarray, np.ndarray]]
-"""From a path to an array, channels first, and its affine."""
 
 SLAB_VOXELS = 4_000_000
 """Voxels that are restored at a time: the coordinates of a whole CT would take gigabytes."""
@@ -48,47 +45,19 @@ def preprocessing(data: Data) -> Preprocessing:
     return Preprocessing(data.spacing_mm, data.modality, data.window_hu, data.percentiles)
 
 
-class Reader(ImageReader):
-    """Lets MONAI's `LoadImaged` read through our checks: every format, nothing half-read."""
+def load(image: Path, labels: Sequence[Path], channels: int) -> dict[str, MetaTensor]:
+    """`image`, and the `label_0`, `label_1`, ... of its raters, as MONAI's transforms take them. Raises UserError.
 
-    def __init__(self, read_one: ReadOne) -> None:
-        super().__init__()
-        self.read_one = read_one
-
-    def verify_suffix(self, filename: Any) -> bool:
-        """Every file is ours: the content decides."""
-        return True
-
-    def read(self, data: Any, **_: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The array, channels first, and its affine."""
-        return self.read_one(Path(data[0] if isinstance(data, list | tuple) else data))
-
-    def get_data(self, img: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, dict[str, Any]]:
-        """The array and what MONAI wants to know of it."""
-        array, affine = img
-        meta = {"affine": affine, "original_affine": affine, "space": "RAS", "original_channel_dim": 0}
-        return array, meta | {"spatial_shape": np.array(array.shape[1:])}
+    Not by LoadImaged, which says of any refused file that it found no suitable reader.
+    """
+    scan = read_scan(image, channels)
+    maps = dict(zip(label_keys(len(labels)), map(read_label_map, labels), strict=True))
+    volumes = {key: _volume(array[None].astype(np.int32), affine) for key, (array, affine) in maps.items()}
+    return {"image": _volume(scan.array, scan.affine), **volumes}
 
 
-@cache
-def loading(channels: int, raters: int) -> Compose:
-    """Reads `image`, and the `label_0`, `label_1`, ... of its raters."""
-
-    def image(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        scan = read_scan(path, channels)
-        return scan.array, scan.affine
-
-    def label(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        array, affine = read_label_map(path)
-        return array[None].astype(np.int32), affine
-
-    steps = [_load("image", image, np.float32)]
-    return Compose(steps + [_load(key, label, np.int32) for key in label_keys(raters)])
-
-
-def _load(key: str, read_one: ReadOne, dtype: type[np.generic]) -> LoadImaged:
-    reader: Any = Reader(read_one)
-    return LoadImaged(key, reader=reader, ensure_channel_first=True, dtype=dtype)
+def _volume(array: Shaped[np.ndarray, "channels x y z"], affine: Float[np.ndarray, "4 4"]) -> MetaTensor:
+    return MetaTensor(torch.from_numpy(array), affine=torch.from_numpy(affine))
 
 
 def label_keys(raters: int) -> list[str]:
@@ -100,20 +69,37 @@ def label_keys(raters: int) -> list[str]:
 def preparing(how: Preprocessing, raters: int = 0) -> Compose:
     """Orientation (RAS), spacing, intensities: `image` linearly, label maps by the nearest voxel."""
     keys = ["image", *label_keys(raters)]
-    modes = ["bilinear"] + ["nearest"] * raters
-    return Compose(
-        [
-            Orientationd(keys, axcodes="RAS", labels=None),
-            Spacingd(keys, pixdim=how.spacing_mm, mode=modes, padding_mode="border", dtype=np.float32),
-            *_intensities(how),
-        ]
-    )
+    orient = Orientationd(keys, axcodes="RAS", labels=None)
+    return Compose([orient, partial(_resample, spacing_mm=how.spacing_mm), *_intensities(how)])
+
+
+def _resample(case: dict[str, MetaTensor], spacing_mm: tuple[float, float, float]) -> dict[str, Any]:
+    """All maps of a case onto one grid. MONAI's Spacingd would shift that of oblique scans by a rounding error."""
+    affine, shape = network_grid(case["image"].affine.numpy(), case["image"].shape[1:], spacing_mm)
+    return {
+        key: SpatialResample("bilinear" if key == "image" else "nearest", padding_mode="border", dtype=np.float32)(
+            volume, torch.from_numpy(affine), shape
+        )
+        for key, volume in case.items()
+    }
+
+
+def network_grid(
+    affine: Float[np.ndarray, "4 4"], shape: Sequence[int], spacing_mm: tuple[float, float, float]
+) -> tuple[Float[np.ndarray, "4 4"], tuple[int, ...]]:
+    """Affine and shape of a grid at right angles with that spacing, in the middle of a scan oriented to RAS."""
+    grid = zoom_affine(affine, spacing_mm, diagonal=False)
+    corners = np.array([*itertools.product(*((0.0, n - 1) for n in shape))])
+    found = _transformed(np.linalg.inv(grid) @ affine, corners)
+    low, high = found.min(0), found.max(0)
+    lengths = np.floor(high - low + 0.501).astype(int) + 1  # a tie is not left to rounding errors
+    grid[:3, 3] = _transformed(grid, (low + high - (lengths - 1)) / 2)
+    return grid, tuple(lengths.tolist())
 
 
 def prepare(scan: Scan, how: Preprocessing) -> MetaTensor:
     """The scan on the network's grid: float32 [channels, x, y, z] with its affine."""
-    image = MetaTensor(torch.from_numpy(scan.array), affine=torch.from_numpy(scan.affine))
-    return preparing(how)({"image": image})["image"]
+    return preparing(how)({"image": _volume(scan.array, scan.affine)})["image"]
 
 
 def restore(volume: Float[Tensor, "x y z"], affine: Float[Tensor, "4 4"], scan: Scan) -> Float[np.ndarray, "i j k"]:
@@ -138,6 +124,10 @@ def _intensities(how: Preprocessing) -> list[Any]:
     low, high = how.percentiles
     clip = ClipIntensityPercentilesd("image", low, high, channel_wise=True)
     return [clip, NormalizeIntensityd("image", channel_wise=True)]
+
+
+def _transformed(affine: Float[np.ndarray, "4 4"], positions: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
+    return positions @ affine[:3, :3].T + affine[:3, 3]
 
 
 def _shift(slices: int) -> Float[np.ndarray, "4 4"]:
