@@ -1,9 +1,11 @@
 """A scan to its mask, its uncertainty and a report: `medseg-diff segment`."""
 
 import json
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,22 @@ from medseg_diff import __version__
 from medseg_diff.checkpoint import Model
 from medseg_diff.console import progress, say
 from medseg_diff.datasets.pipeline import prepare, preprocessing, restore
-from medseg_diff.ensemble import Tally, agreement, interval90
+from medseg_diff.ensemble import Tally, agreement, interval90, nominal_level
 from medseg_diff.errors import UserError
-from medseg_diff.files import replacing
 from medseg_diff.inference import Prediction, predict
 from medseg_diff.scans.preview import draw_preview
 from medseg_diff.scans.read import Scan, read_scan
+from medseg_diff.scans.rtstruct import write_rtstruct
 from medseg_diff.scans.write import write_dicom_seg, write_nifti, write_seg_nrrd
 
-ITEMS = ("seg", "prob", "uncertainty", "samples", "preview", "report", "dicom-seg", "seg-nrrd")
+FILES = {
+    "seg": "_seg.nii.gz", "prob": "_prob.nii.gz", "uncertainty": "_uncertainty.nii.gz", "samples": "_samples.nii.gz",
+    "preview": "_preview.png", "report": "_report.json",
+    "dicom-seg": "_seg.dcm", "rtstruct": "_rtstruct.dcm", "seg-nrrd": ".seg.nrrd",
+}  # fmt: skip
+"""What `--save` may ask for, and what follows the scan's name in the file's."""
+
+DICOM_ITEMS = ("dicom-seg", "rtstruct")
 DEFAULT_ITEMS = ("seg", "uncertainty", "preview", "report")
 
 
@@ -70,7 +79,8 @@ def segment_scan(
         better = frame > best
         label_map[better] = value
         np.maximum(best, frame, out=best)
-    labels = _label_reports(model.about.labels, label_map, scan.voxel_ml, prediction, _voxel_ml(affine))
+    grid_voxel_ml = float(torch.linalg.det(affine[:3, :3].double()).abs()) / 1000
+    labels = _label_reports(model.about.labels, label_map, scan.voxel_ml, prediction, grid_voxel_ml)
     return Segmentation(label_map, np.clip(1 - best, 0, 1), labels, prediction, affine)
 
 
@@ -89,7 +99,7 @@ def sample_frames(
     for mask in segmentation.prediction.samples:
         best, label_map = np.zeros(scan.shape, np.float32), np.full(scan.shape, values[0], _dtype(values))
         for index, value in enumerate(values):
-            frame = restore(torch.from_numpy(mask == index), segmentation.affine, scan)
+            frame = restore(torch.from_numpy(mask == index).float(), segmentation.affine, scan)
             label_map[frame > best] = value
             np.maximum(best, frame, out=best)
         yield label_map
@@ -105,7 +115,11 @@ def segment_files(
     seed: int = 0,
     items: Sequence[str] = DEFAULT_ITEMS,
 ) -> tuple[list[dict[str, Any]], list[UserError]]:
-    """Segments scan after scan into `out`; the reports of what was written, and the errors of what was refused."""
+    """Segments scan after scan into `out`; the reports of what was written, and the errors of what was refused.
+
+    A refused scan leaves nothing. Raises UserError for items that this model does not have.
+    """
+    items = tuple(dict.fromkeys(items))
     _check_items(items, model)
     reports, refused = [], []
     settings = model.about.config.segment
@@ -114,7 +128,8 @@ def segment_files(
     with progress("segmenting", len(scans)) as advance:
         for path in scans:
             try:
-                reports.append(_segment_file(path, model, out, count, steps or settings.steps, seed, items))
+                with _refusing(path):
+                    reports.append(_segment_file(path, model, out, count, steps or settings.steps, seed, items))
             except UserError as error:
                 say(f"refused: {error}")
                 refused.append(error)
@@ -122,17 +137,42 @@ def segment_files(
     return reports, refused
 
 
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """What the disk or the memory cannot hold is a reason to refuse one scan, and none to drop the others."""
+    try:
+        yield
+    except OSError as error:
+        what = f"its results cannot be written ({error.strerror or error})"
+        raise UserError(path, what, "Free some space, or choose another --out.") from error
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or re.search("out of memory|not enough memory|allocate", str(error))):
+            raise
+        advice = "Crop the scan, draw fewer --samples, or use another --device."
+        raise UserError(path, "it needs more memory than there is", advice) from error
+
+
 def _segment_file(
     path: Path, model: Model, out: Path, samples: int, steps: int, seed: int, items: Sequence[str]
 ) -> dict[str, Any]:
     begin = time.perf_counter()
     scan = read_scan(path, len(model.about.channels))
-    for warning in scan.warnings:
-        say(f"warning: {scan.path}: {warning}")
+    bound = [item for item in items if item in DICOM_ITEMS]
+    if bound and scan.kind != "dicom":
+        what = f"it is no DICOM series, and {' and '.join(bound)} would belong to one"
+        raise UserError(path, what, f"Leave {','.join(bound)} out of --save.")
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".samples-") as folder:
-        keep = Path(folder) if "samples" in items else None
+    with tempfile.TemporaryDirectory(dir=out, prefix=".segment-") as folder:
+        aside = Path(folder)
+        keep = aside if "samples" in items else None
         found = segment_scan(model, scan, samples=samples, steps=steps, seed=seed, keep=keep)
+        warnings = list(scan.warnings)
+        if bound and not found.label_map.any():
+            warnings.append(f"nothing was segmented: no {' and no '.join(bound)} is written")
+            items = [item for item in items if item not in bound]
+        for warning in warnings:
+            say(f"warning: {scan.path}: {warning}")
+        files = {item: scan.name + FILES[item] for item in items}
         report = {
             "scan": str(scan.path),
             "model": {"path": str(model.path), "digest": model.digest, "version": model.about.version},
@@ -141,19 +181,23 @@ def _segment_file(
             "samples": samples,
             "steps": steps,
             "seconds": round(time.perf_counter() - begin, 3),
-            "warnings": list(scan.warnings),
+            "warnings": warnings,
             "uncertainty": "1 - probability of the reported label",
+            "interval_nominal": round(nominal_level(samples), 3) if samples else None,
             "labels": [asdict(label) for label in found.labels],
+            "written": [str(out / name) for name in files.values()],
         }
-        report["written"] = [str(_write(item, found, scan, model, out, report)) for item in items]
+        # Aside first: a scan that fails at its last item leaves nothing, and keeps what an earlier call wrote.
+        for item, name in files.items():
+            _write(item, found, scan, model, aside / name, report)
+        for name in files.values():
+            (aside / name).replace(out / name)
     return report
 
 
-def _write(item: str, found: Segmentation, scan: Scan, model: Model, out: Path, report: dict[str, Any]) -> Path:
+def _write(item: str, found: Segmentation, scan: Scan, model: Model, path: Path, report: dict[str, Any]) -> None:
     names, values = model.about.labels, list(model.about.labels)
     foreground = {value: name for value, name in names.items() if value}
-    suffixes = {"preview": ".png", "report": ".json", "dicom-seg": ".dcm", "seg-nrrd": ".seg.nrrd"}
-    path = out / f"{scan.name}_{item}{suffixes.get(item, '.nii.gz')}"
     match item:
         case "seg":
             write_nifti([found.label_map], scan, path, found.label_map.dtype)
@@ -168,23 +212,20 @@ def _write(item: str, found: Segmentation, scan: Scan, model: Model, out: Path, 
         case "preview":
             draw_preview(scan.array[0], found.label_map, found.uncertainty, scan.affine, foreground, path, scan.name)
         case "report":
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+            path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
         case "dicom-seg":
-            path = out / f"{scan.name}_seg.dcm"
             write_dicom_seg(found.label_map, scan, foreground, path)
+        case "rtstruct":
+            write_rtstruct(found.label_map, scan, foreground, path)
         case "seg-nrrd":
-            path = out / f"{scan.name}.seg.nrrd"
             write_seg_nrrd(found.label_map, scan, foreground, path)
-    return path
 
 
 def _check_items(items: Sequence[str], model: Model) -> None:
-    unknown = [item for item in items if item not in ITEMS]
+    unknown = [item for item in items if item not in FILES]
     if unknown or not items:
-        raise UserError(
-            f"--save {','.join(items)}", f"unknown item {', '.join(unknown)}", f"Choose from {', '.join(ITEMS)}."
-        )
+        what = f"there is no item {', '.join(unknown)}" if unknown else "it names no item"
+        raise UserError(f"--save {','.join(items)}", what, f"Choose from {','.join(FILES)}.")
     if "samples" in items and model.about.config.network.kind != "conditional":
         raise UserError("--save samples", "this model is deterministic, it draws no samples", "Leave samples out.")
 
@@ -192,17 +233,13 @@ def _check_items(items: Sequence[str], model: Model) -> None:
 def _label_reports(
     names: dict[int, str], label_map: np.ndarray, voxel_ml: float, prediction: Prediction, grid_voxel_ml: float
 ) -> tuple[LabelReport, ...]:
-    tally = prediction.tally
-    agreements = None if tally is None else agreement(tally)
-    found = []
+    tally, found = prediction.tally, []
+    agreements = [None] * len(names) if tally is None else agreement(tally).tolist()
     for index, (value, name) in enumerate(names.items()):
-        if value == 0:
-            continue
-        volume = float(np.count_nonzero(label_map == value)) * voxel_ml
-        interval = None if tally is None else interval90(tally.counts[:, index].numpy() * grid_voxel_ml, volume)
-        found.append(
-            LabelReport(value, name, volume, interval, None if agreements is None else float(agreements[index]))
-        )
+        if value:
+            volume = float(np.count_nonzero(label_map == value)) * voxel_ml
+            interval = None if tally is None else interval90(tally.counts[:, index].numpy() * grid_voxel_ml, volume)
+            found.append(LabelReport(value, name, volume, interval, agreements[index]))
     return tuple(found)
 
 
@@ -212,10 +249,6 @@ def _nothing(classes: int, samples: int, grid: tuple[int, ...], kept: np.ndarray
     probabilities[0] = 1
     tally = Tally.empty(samples, classes) if samples else None
     return Prediction(probabilities, tally, kept)
-
-
-def _voxel_ml(affine: torch.Tensor) -> float:
-    return float(torch.linalg.det(affine[:3, :3].double()).abs()) / 1000
 
 
 def _dtype(values: Sequence[int]) -> type[np.integer]:
