@@ -10,7 +10,7 @@ import numpy as np
 from medseg_diff.checkpoint import Model
 from medseg_diff.config import Tracking, flatten, plain
 from medseg_diff.console import progress
-from medseg_diff.datasets.layouts import Case, read_dataset, split
+from medseg_diff.datasets.layouts import Case, Dataset, digest, read_dataset, split
 from medseg_diff.ensemble import agreement
 from medseg_diff.errors import UserError
 from medseg_diff.files import replacing
@@ -47,7 +47,8 @@ def evaluate_model(
             count = (samples or settings.samples) if drawing else 0
             found = segment_scan(model, scan, samples=count, steps=steps or settings.steps, seed=seed + index)
             for rater, path in enumerate(case.labels):
-                reference, _ = read_label_map(path)
+                reference, affine = read_label_map(path)
+                _check_grid(path, reference, affine, case.image, scan.shape, scan.affine)
                 name = case.name if len(case.labels) == 1 else f"{case.name} rater {rater}"
                 scores[name] = score_masks(found.label_map, reference, names, scan.spacing_mm)
                 for label in found.labels:
@@ -70,12 +71,11 @@ def evaluate_model(
     return summary
 
 
-def choose_cases(root: Path, model: Model, which: str) -> tuple[Case, ...]:
+def choose_cases(dataset: Dataset, model: Model, which: str) -> tuple[Case, ...]:
     """The cases of `val` or `train`, by the model's own split, or `all`. Raises UserError where the labels differ."""
-    dataset = read_dataset(root)
     if dataset.labels != model.about.labels:
         what = f"its labels are {dataset.labels}, and the model knows {model.about.labels}"
-        raise UserError(root, what, "Evaluate on a data set with the model's labels.")
+        raise UserError(dataset.root, what, "Evaluate on a data set with the model's labels.")
     data = model.about.config.data
     training, validation = split(dataset, data.folds, data.fold)
     match which:
@@ -88,21 +88,22 @@ def choose_cases(root: Path, model: Model, which: str) -> tuple[Case, ...]:
         case _:
             raise UserError(f"--split {which}", "there is no such split", "Choose val, train or all.")
     if not any(case.labels for case in cases):
-        raise UserError(root, f"no case of the split {which} has a label map", "Evaluate on labelled cases.")
+        raise UserError(dataset.root, f"no case of the split {which} has a label map", "Evaluate on labelled cases.")
     return tuple(case for case in cases if case.labels)
 
 
 def evaluate_folders(predictions: Path, references: Path) -> dict[str, Any]:
-    """Scores label maps against those of the same name (with or without `_seg`). Raises UserError."""
+    """Scores label maps against those of the same name, with or without `_seg`. Raises UserError.
+
+    A reference without a prediction is an error; a prediction without a reference is left out.
+    """
     pairs = _pairs(predictions, references)
     values = {int(v) for pair in pairs.values() for path in pair for v in np.unique(read_label_map(path)[0])}
     names = _names(references, values)
     scores = {}
     for name, (path, reference_path) in pairs.items():
         (found, affine), (reference, reference_affine) = read_label_map(path), read_label_map(reference_path)
-        if found.shape != reference.shape or not np.allclose(affine, reference_affine, atol=1e-3):
-            what = f"its grid is not that of its reference (shapes {found.shape} and {reference.shape})"
-            raise UserError(path, what, "Compare masks on the same grid.")
+        _check_grid(path, found, affine, reference_path, reference.shape, reference_affine)
         scores[name] = score_masks(found, reference, names, spacing_of(reference_affine))
     return summarize(scores, names)
 
@@ -118,24 +119,26 @@ def run_evaluation(
     uri: str | None,
 ) -> dict[str, Any]:
     """Evaluates a model on (data set, split), or (predictions, references) without one; writes and tracks scores."""
+    parameters: dict[str, Any]
     if model is None:
         predictions, references = map(Path, sources)
         summary = evaluate_folders(predictions, references)
-        parameters: dict[str, Any] = {"predictions": predictions.name, "references": references.name}
+        parameters, tags, pictures = {"predictions": predictions.name, "references": references.name}, {}, []
         tracking, name = Tracking(), f"evaluate {predictions.name}"
     else:
         root, which = Path(sources[0]), str(sources[1])
-        cases = choose_cases(root, model, which)
-        out.mkdir(parents=True, exist_ok=True)
-        preview = out / "preview.png"
-        summary = evaluate_model(model, cases, samples=samples, steps=steps, seed=seed, preview=preview)
-        parameters = {"evaluate.data": root.name, "evaluate.split": which, **flatten(plain(model.about.config))}
+        dataset = read_dataset(root)
+        cases = choose_cases(dataset, model, which)
+        pictures = [out / "preview.png"]
+        summary = evaluate_model(model, cases, samples=samples, steps=steps, seed=seed, preview=pictures[0])
+        options = {"data": root.name, "split": which, "samples": samples, "steps": steps, "seed": seed}
+        parameters = flatten({"evaluate": options, **plain(model.about.config)})
+        tags = {"model_digest": model.digest, "dataset": dataset.name, "dataset_digest": digest(dataset)}
         tracking, name = model.about.config.tracking, f"evaluate {model.path.parent.name}"
     paths = write_summary(summary, out)
-    tags = {} if model is None else {"model_digest": model.digest}
     tracker = start_run(uri or tracking.uri, tracking.experiment, name, parameters, tags)
     tracker.log(logged(summary), 0)
-    for path in [*paths, *out.glob("preview.png")]:
+    for path in [*paths, *pictures]:
         tracker.artifact(path)
     tracker.finish(ok=True)
     return summary
@@ -160,14 +163,27 @@ def logged(summary: dict[str, Any], prefix: str = "val") -> dict[str, float]:
     return {f"{prefix}/{name}": float(value) for name, value in summary["mean"].items() if value is not None}
 
 
+def _check_grid(
+    path: Path, found: np.ndarray, affine: np.ndarray, other: Path, shape: tuple[int, ...], other_affine: np.ndarray
+) -> None:
+    if found.shape != shape:
+        (ours, theirs) = ("x".join(map(str, lengths)) for lengths in (found.shape, shape))
+        what = f"it is {ours} voxels large, and {other} is {theirs}"
+    elif not np.allclose(affine, other_affine, atol=1e-3):
+        what = f"it lies elsewhere in the world than {other}: their affines differ"
+    else:
+        return
+    raise UserError(path, what, "Resample the label map onto the other's grid.")
+
+
 def _pairs(predictions: Path, references: Path) -> dict[str, tuple[Path, Path]]:
     found, wanted = ({_stem(path): path for path in _maps(folder)} for folder in (predictions, references))
     if not wanted:
-        raise UserError(references, "holds no label maps", "Name a folder of NIfTI, NRRD or MHA files.")
+        raise UserError(references, "it holds no label maps", "Name a folder of NIfTI, NRRD or MHA files.")
     missing = sorted(wanted.keys() - found.keys())
     if missing:
         listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise UserError(predictions, f"has no mask for {listed}", "Give every reference a mask of the same name.")
+        raise UserError(predictions, f"it has no mask for {listed}", "Give every reference a mask of the same name.")
     return {name: (found[name], wanted[name]) for name in sorted(wanted)}
 
 

@@ -1,0 +1,183 @@
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from medseg_diff.checkpoint import Model, load_model
+from medseg_diff.datasets.layouts import Case, Dataset
+from medseg_diff.errors import UserError
+from medseg_diff.evaluate import choose_cases, evaluate_folders, evaluate_model, logged, run_evaluation, write_summary
+from medseg_diff.segment import segment_files
+
+AFFINE = np.diag([1, 1, 3, 1.0])
+
+
+@pytest.fixture(scope="module")
+def model(models) -> Model:
+    return load_model(models["volumes"], torch.device("cpu"))
+
+
+def save(path: Path, values: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(values, affine), path)
+    return path
+
+
+def box(shift: int = 0, value: int = 1) -> np.ndarray:
+    values = np.zeros((8, 8, 8), np.uint8)
+    values[2 + shift : 6 + shift, 2:6, 2:6] = value
+    return values
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[Path, Path]:
+    """Five cases: both masks empty, missed, invented, shifted by a voxel, right."""
+    empty = box() * 0
+    pairs = {
+        "both": (empty, empty), "missed": (empty, box()), "invented": (box(), empty),
+        "shifted": (box(1), box()), "same": (box(), box()),
+    }  # fmt: skip
+    predictions, references = tmp_path / "predictions", tmp_path / "references"
+    for name, (prediction, reference) in pairs.items():
+        save(predictions / f"{name}_seg.nii.gz", prediction)
+        save(references / f"{name}.nii.gz", reference)
+    return predictions, references
+
+
+def test_empty_masks_count(folders):
+    summary = evaluate_folders(*folders)
+    mean = summary["mean"]
+    assert mean["dice"] == pytest.approx((0 + 0 + 0.75 + 1) / 4)
+    assert (mean["n"], mean["n/dice/1"], mean["missed/1"], mean["invented/1"]) == (5, 4, 1, 1)
+    cases = {case["name"]: case["labels"]["1"] for case in summary["cases"]}
+    assert cases["both"]["dice"] is None
+    assert cases["shifted"]["volume_ml"] == pytest.approx(64 * 3 / 1000)
+    assert cases["shifted"]["hd95_mm"] == pytest.approx(1)
+
+
+def test_summaries_hold_no_nan(folders, tmp_path):
+    summary_path, cases_path = write_summary(evaluate_folders(*folders), tmp_path / "out")
+    text = summary_path.read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["mean"]["dice"] == pytest.approx(0.4375)
+    with cases_path.open(newline="") as file:
+        rows = {row["case"]: row for row in csv.DictReader(file)}
+    assert rows["both"]["dice"] == ""
+    assert float(rows["same"]["dice"]) == 1
+
+
+def test_a_missing_prediction_is_named(folders):
+    predictions, references = folders
+    (predictions / "shifted_seg.nii.gz").unlink()
+    with pytest.raises(UserError, match="no mask for shifted"):
+        evaluate_folders(predictions, references)
+
+
+def test_what_segment_writes_beside_a_mask_is_no_mask(folders):
+    predictions, references = folders
+    for other in ("uncertainty", "prob", "samples"):
+        save(predictions / f"same_{other}.nii.gz", np.full((8, 8, 8), 0.5, np.float32))
+    save(predictions / "extra_seg.nii.gz", box())
+    assert evaluate_folders(predictions, references)["mean"]["n"] == 5
+
+
+@pytest.mark.parametrize(
+    ("values", "affine", "word"),
+    [
+        (box()[:7], AFFINE, "7x8x8"),
+        (box(), np.diag([1, 1, 2, 1.0]), "affine"),
+        (box(), np.eye(4)[[1, 0, 2, 3]], "affine"),
+    ],
+)
+def test_another_grid_is_refused(folders, values, affine, word):
+    predictions, references = folders
+    save(predictions / "same_seg.nii.gz", values, affine)
+    with pytest.raises(UserError, match=word) as caught:
+        evaluate_folders(predictions, references)
+    assert caught.value.where == str(predictions / "same_seg.nii.gz")
+
+
+@pytest.mark.parametrize("absent", ["predictions", "references"])
+def test_an_absent_or_empty_folder_is_named(folders, tmp_path, absent):
+    given = dict(zip(("predictions", "references"), folders, strict=True))
+    with pytest.raises(UserError, match="no such folder"):
+        evaluate_folders(*{**given, absent: tmp_path / "nowhere"}.values())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no label maps|no mask for"):
+        evaluate_folders(*{**given, absent: tmp_path / "empty"}.values())
+
+
+def test_labels_have_the_names_of_the_data_set_beside_them(tmp_path):
+    for folder in ("predictions", "labelsTr"):
+        save(tmp_path / folder / "a.nii.gz", box(value=7))
+    save(tmp_path / "imagesTr/a.nii.gz", box())
+    content = {
+        "labels": {"0": "background", "7": "core"}, "modality": {"0": "MRI"},
+        "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
+    }  # fmt: skip
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert evaluate_folders(tmp_path / "predictions", tmp_path / "labelsTr")["mean"]["dice/core"] == 1
+
+
+@pytest.fixture
+def cases(tmp_path, model) -> tuple[Case, ...]:
+    """The model's own masks are the references; of the first scan a second rater saw nothing."""
+    found = []
+    for index, name in enumerate(("a", "b")):
+        values = np.random.default_rng(index).normal(size=(16, 16, 16)).astype(np.float32)
+        image = save(tmp_path / f"scans/{name}.nii.gz", values, np.eye(4))
+        segment_files([image], model, tmp_path / "own", samples=4, seed=index, items=["seg"])
+        own = tmp_path / f"own/{name}_seg.nii.gz"
+        nothing = save(tmp_path / f"nothing/{name}.nii.gz", np.zeros((16, 16, 16), np.uint8), np.eye(4))
+        found.append(Case(name, image, (own, nothing) if name == "a" else (own,)))
+    return tuple(found)
+
+
+def test_every_rater_counts(model, cases):
+    summary = evaluate_model(model, cases, samples=4, seed=0)
+    assert [case["name"] for case in summary["cases"]] == ["a rater 0", "a rater 1", "b"]
+    assert [case["labels"]["core"]["dice"] for case in summary["cases"]] == [1, 0, 1]
+    assert summary["mean"]["dice"] == pytest.approx(2 / 3)
+    assert summary["mean"]["coverage90/shell"] == pytest.approx(2 / 3)
+    assert 0 < summary["mean"]["agreement/core"] < 1
+    assert logged(summary)["val/dice/core"] == pytest.approx(2 / 3)
+    assert all(value is not None for value in logged(summary).values())
+
+
+def test_a_reference_on_another_grid_is_refused(model, cases, tmp_path):
+    other = save(tmp_path / "other.nii.gz", np.zeros((16, 16, 16), np.uint8), np.diag([2, 1, 1, 1.0]))
+    with pytest.raises(UserError, match="affine"):
+        evaluate_model(model, [replace(cases[0], labels=(other,))], samples=2)
+
+
+def test_splits_are_those_of_the_model(model, tmp_path):
+    labelled = tuple(Case(f"{i}", tmp_path / f"{i}", (tmp_path / "x",)) for i in range(10))
+    dataset = Dataset(tmp_path, "d", model.about.labels, ("MR",), labelled, "mr")
+    chosen = {which: [case.name for case in choose_cases(dataset, model, which)] for which in ("val", "train", "all")}
+    assert chosen == {"val": ["0", "5"], "train": list("12346789"), "all": list("0123456789")}
+    with pytest.raises(UserError, match="no such split"):
+        choose_cases(dataset, model, "test")
+    with pytest.raises(UserError, match="labels"):
+        choose_cases(replace(dataset, labels={0: "background", 1: "core"}), model, "val")
+    bare = replace(dataset, cases=tuple(replace(case, labels=()) for case in labelled))
+    with pytest.raises(UserError, match="no case"):
+        choose_cases(bare, model, "val")
+
+
+def test_an_evaluation_is_written_and_tracked(folders, tmp_path):
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    out = tmp_path / "out"
+    summary = run_evaluation(None, folders, out, samples=None, steps=None, seed=0, uri=uri)
+    assert sorted(path.name for path in out.iterdir()) == ["cases.csv", "summary.json"]
+    [run] = mlflow.MlflowClient(uri).search_runs(
+        [e.experiment_id for e in mlflow.MlflowClient(uri).search_experiments()]
+    )
+    assert run.data.metrics["val/dice"] == pytest.approx(summary["mean"]["dice"])
+    assert run.info.status == "FINISHED"
