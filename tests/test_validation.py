@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from medseg_diff.checkpoint import load_model
+from medseg_diff.datasets.cache import Volume
+from medseg_diff.datasets.layouts import Case
+from medseg_diff.training import validation
+from medseg_diff.training.validation import STRIP_STEPS, draw_process, validate
+
+CPU = torch.device("cpu")
+SHAPE = (20, 18, 40)
+
+
+def volume() -> Volume:
+    """Foreground in the slices around z = 30."""
+    image = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(1, *SHAPE, dtype=torch.uint8)
+    labels[0, 5:10, 5:10, 29:32] = 1
+    labels[0, 4:12, 4:12, 30] = 2
+    return Volume("a", image, labels, ())
+
+
+def case(folder: Path) -> Case:
+    held = volume()
+    paths = folder / "image.nii.gz", folder / "label.nii.gz"
+    values = held.image[0].numpy(), np.array([0, 7, 205], np.uint8)[held.labels[0].numpy()]
+    for path, array in zip(paths, values, strict=True):
+        nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+    return Case("a", paths[0], (paths[1],))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pictures"),
+    [
+        ("volumes", ["preview.png", "process.png"]),
+        ("slices", ["preview.png", "process.png"]),
+        ("unet", ["preview.png"]),
+    ],
+)
+def test_a_model_file_is_judged_and_pictured(models, tmp_path, kind, pictures):
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run/model.safetensors"
+    path.write_bytes(models[kind].read_bytes())
+    metrics = validate(path, CPU, [case(tmp_path)], [volume()], seed=0)
+    assert {"val/dice", "val/dice/core", "val/dice/shell", "val/n"} <= metrics.keys()
+    assert ("val/coverage90/core" in metrics) == (kind != "unet")
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted(["model.safetensors", *pictures])
+
+
+def test_a_generator_leaves_a_grid(models, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(models["unconditional"].read_bytes())
+    assert validate(path, CPU, [], [], seed=0) == {}
+    assert imread(tmp_path / "grid.png").ndim == 3
+
+
+@pytest.mark.parametrize("kind", ["volumes", "slices"])
+def test_the_process_is_shown_where_the_foreground_is(models, tmp_path, monkeypatch, kind):
+    """Every panel is the slice with most foreground, and the network never sees the whole volume at once."""
+    model, held = load_model(models[kind], CPU), volume()
+    axis = model.about.config.data.axis
+    seen = []
+    monkeypatch.setattr(validation, "draw_strip", lambda rows, aspect, path: seen.append((rows, aspect)))
+    traced = []
+    trace = validation.trace
+
+    def watched(model, image, **options):
+        traced.append(image.shape[axis + 1])
+        return trace(model, image, **options)
+
+    monkeypatch.setattr(validation, "trace", watched)
+    draw_process(model, held, tmp_path / "process.png", seed=0)
+    [((above, below), aspect)] = seen
+    assert aspect == 1
+    assert len(above) == len(below) == 1 + STRIP_STEPS
+    most = {1: 5, 2: 30}[axis]
+    expected = held.labels[0].select(axis, most).rot90().numpy()
+    assert np.array_equal(above[0][1], held.image[0].select(axis, most).rot90().numpy())
+    assert np.array_equal(below[0][1].any(-1), expected > 0)
+    assert {panel.shape[:2] for row in (above, below) for _, panel in row} == {expected.shape}
+    assert traced[0] <= 16
