@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-VOXELS_AT_ONCE = 200_000
-"""Bounds the memory; below 2^24 the counts are exact in float32."""
+VOXELS_AT_ONCE = 4_000_000
+"""Voxels times samples that are compared at once: bounds the memory; below 2^24 the counts are exact in float32."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Tally:
 
     def add(self, labels: UInt8[Tensor, "samples *space"]) -> None:
         """Counts a part of the volume; parts must not overlap."""
-        for part in labels.flatten(1).split(VOXELS_AT_ONCE, dim=1):
+        for part in labels.flatten(1).split(max(1, VOXELS_AT_ONCE // len(labels)), dim=1):
             for index in range(self.counts.shape[1]):
                 member = (part == index).float()
                 self.counts[:, index] += member.sum(1).double().cpu()
