@@ -131,7 +131,7 @@ def segment(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     save: Annotated[
-        str, typer.Option(help="From seg,prob,uncertainty,samples,preview,report,dicom-seg,seg-nrrd.")
+        str, typer.Option(help="From seg,prob,uncertainty,samples,preview,report,dicom-seg,rtstruct,seg-nrrd.")
     ] = "seg,uncertainty,preview,report",
     as_json: JsonOption = False,
 ) -> None:
