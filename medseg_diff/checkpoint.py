@@ -80,7 +80,7 @@ def save_model(path: Path, weights: Mapping[str, Tensor], about: Description) ->
         sort_keys=True,
     )
     digest = _digest(tensors, description)
-    content = save(tensors, metadata={"format": FORMAT, "description": description, "digest": digest})
+    content = _ordered(save(tensors, metadata={"format": FORMAT, "description": description, "digest": digest}))
     with replacing(path) as temporary:
         temporary.write_bytes(content)
     return digest
@@ -166,6 +166,14 @@ def load_state(path: Path, device: torch.device) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(path, "cannot be resumed: it holds no state of a run", "Start again with --fresh.")
     return state
+
+
+def _ordered(content: bytes) -> bytes:
+    """The same file with its header sorted: safetensors writes metadata in another order each time."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 @contextmanager

@@ -1,0 +1,226 @@
+"""Training: what it leaves, how it resumes, what it refuses. A tiny network on phantoms."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medseg_diff import train as training
+from medseg_diff.checkpoint import describe
+from medseg_diff.config import Config, parse_config
+from medseg_diff.datasets.phantom import make_phantom
+from medseg_diff.errors import UserError
+from medseg_diff.train import rehearse, resolve, train
+from medseg_diff.training import step as stepping
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "phantom"
+    make_phantom(folder, 5, "ct", 1, 0)
+    return folder
+
+
+def settings(data: Path, folder: Path, **train_settings) -> Config:
+    return parse_config(
+        {
+            "data": {
+                "root": str(data), "cache": str(data.parent / "cache"), "modality": "ct", "size": [16, 16, 16],
+                "spacing_mm": [2.0, 2.0, 3.0],
+            },
+            "network": {"widths": [8, 8, 8, 8]},
+            "train": {"steps": 6, "checkpoint_every": 2, "validations": 2, "batch_size": 1, **train_settings},
+            "segment": {"samples": 2},
+            "tracking": {"uri": ""},
+        },
+        "test",
+    )  # fmt: skip
+
+
+def weights(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{name}.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    train(settings(data, folder), folder, CPU)
+    return folder
+
+
+def test_leaves_what_is_promised(straight: Path):
+    found = {path.name for path in straight.iterdir()}
+    assert found >= {"config.yaml", "state.pt", "model.safetensors", "best.safetensors", "metrics.csv", "summary.json"}
+    assert found >= {"curves.png", "process.png", "preview.png"}
+    assert not [name for name in found if name.startswith(".") and name != ".lock"]
+    with (straight / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["step"] for row in rows if row["metric"] == "val/dice"} == {"3", "6"}
+    about, _ = describe(straight / "model.safetensors")
+    assert about.trained == {"steps": 6}
+    assert about.scores["val/dice"] == json.loads((straight / "summary.json").read_text())["val/dice"]
+    assert torch.load(straight / "state.pt", weights_only=True)["counters"]["step"] == 6
+
+
+def test_the_best_model_is_the_one_with_the_best_validation(straight: Path):
+    with (straight / "metrics.csv").open() as file:
+        dice = [float(row["value"]) for row in csv.DictReader(file) if row["metric"] == "val/dice"]
+    assert describe(straight / "best.safetensors")[0].scores["val/dice"] == max(dice)
+
+
+def test_a_finished_run_is_left_alone_and_fresh_starts_again(straight: Path, data: Path, tmp_path: Path):
+    before = (straight / "model.safetensors").read_bytes()
+    train(settings(data, straight), straight, CPU)
+    assert (straight / "model.safetensors").read_bytes() == before
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "summary.json").write_text("{}")
+    train(settings(data, folder), folder, CPU, fresh=True)
+    assert (folder / "model.safetensors").read_bytes() == before, "the same seed gives the same bytes"
+
+
+@pytest.mark.parametrize("crash", [1, 3, 5])
+def test_a_run_that_broke_off_ends_with_the_same_bytes(crash, straight, data, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    step = training.take_step
+
+    def breaking(state, *rest):
+        if state.step == crash:
+            raise ConnectionAbortedError
+        return step(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "take_step", breaking)
+        with pytest.raises(ConnectionAbortedError):
+            train(settings(data, folder), folder, CPU)
+    train(settings(data, folder), folder, CPU)
+    assert (folder / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    assert (folder / "metrics.csv").read_text() == (straight / "metrics.csv").read_text()
+
+
+def test_sigterm_saves_first_and_resumes(straight, data, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    step = training.take_step
+
+    def signalled(state, *rest):
+        if state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "take_step", signalled)
+        with pytest.raises(SystemExit) as stopped:
+            train(settings(data, folder), folder, CPU)
+    assert stopped.value.code == 143
+    assert torch.load(folder / "state.pt", weights_only=True)["counters"]["step"] == 4
+    train(settings(data, folder), folder, CPU)
+    assert same(weights(folder), weights(straight))
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment_loses_nothing(straight, data, tmp_path):
+    """A real process, killed twice; its last start ends with the weights of an uninterrupted run."""
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(settings(data, tmp_path).model_dump(mode="json")))
+    command = [sys.executable, "-m", "medseg_diff", "train", "--config", str(config), "--name", "run"]
+    folder = tmp_path / "runs/run"
+    for awaited in ("config.yaml", "state.pt"):
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
+        limit = time.monotonic() + 120
+        while not (folder / awaited).exists() and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=240)
+    assert same(weights(folder), weights(straight))
+
+
+def test_minutes_end_a_run_too(data: Path, tmp_path: Path):
+    summary = train(settings(data, tmp_path / "run", steps=100_000, max_minutes=0.02), tmp_path / "run", CPU)
+    assert 0 < summary["steps"] < 2000
+    assert summary["minutes"] == pytest.approx(0.02, abs=0.02)
+
+
+def test_another_configuration_is_refused_with_the_difference(straight: Path, data: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text((straight / "config.yaml").read_text())
+    with pytest.raises(UserError, match=r"train\.lr: 0\.002 -> 0\.1.*--fresh"):
+        train(settings(data, folder, lr=0.1), folder, CPU)
+
+
+def test_a_longer_budget_goes_on(straight: Path, data: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    train(settings(data, folder, steps=2, validations=1), folder, CPU)
+    (folder / "summary.json").unlink()
+    assert train(settings(data, folder, steps=3, validations=1), folder, CPU)["steps"] == 3
+
+
+def test_steps_without_a_finite_loss_are_skipped_and_counted(data: Path, tmp_path: Path, monkeypatch):
+    loss_of = stepping.loss_of
+
+    def poisoned(network, score, config, volumes, classes, seed):
+        loss = loss_of(network, score, config, volumes, classes, seed)
+        return loss * float("nan") if seed[1] == 1 else loss
+
+    monkeypatch.setattr(stepping, "loss_of", poisoned)
+    summary = train(settings(data, tmp_path / "run"), tmp_path / "run", CPU)
+    assert summary["skipped"] == 1
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
+
+
+def test_a_loss_that_is_never_finite_stops_with_advice(data: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(stepping, "MOST_SKIPPED", 2)
+    loss_of = stepping.loss_of
+    monkeypatch.setattr(stepping, "loss_of", lambda *a: loss_of(*a) * float("nan"))
+    with pytest.raises(UserError, match=r"Lower train\.lr"):
+        train(settings(data, tmp_path / "run"), tmp_path / "run", CPU)
+
+
+def test_the_spacing_is_the_median_of_the_training_cases(hippocampus: Path):
+    config = parse_config({"data": {"root": str(hippocampus), "size": [32, 48, 32]}}, "test")
+    _, cases, _ = training.plan(config)
+    assert resolve(config, cases[:3], 1).data.spacing_mm == (1.0, 1.0, 1.0)
+
+
+def test_a_rehearsal_writes_no_run(data: Path, tmp_path: Path):
+    text = rehearse(settings(data, tmp_path), tmp_path / "runs/run", CPU)
+    assert "spacing_mm" in text
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "extra"),
+    [
+        ("unet", "segment", {}),
+        ("unconditional", "generate", {"spatial_dims": 2, "size": [16, 16], "neighbours": 0}),
+        ("conditional", "segment", {"spatial_dims": 2, "size": [32, 32], "axis": 1}),
+    ],
+)
+def test_every_kind_trains(kind, task, extra, data, tmp_path):
+    values = settings(data, tmp_path).model_dump(mode="json")
+    values |= {"task": task, "network": {"kind": kind, "widths": [8, 8, 8, 8]}, "data": values["data"] | extra}
+    summary = train(parse_config(values, "test"), tmp_path / "run", CPU)
+    assert ("val/dice" in summary) == (task == "segment")
+    assert summary["val/loss"] > 0
+
+
+def test_two_processes_do_not_share_a_run(straight: Path, data: Path):
+    from medseg_diff.files import owned
+
+    with owned(straight), pytest.raises(UserError, match="another process"):
+        train(settings(data, straight), straight, CPU)
