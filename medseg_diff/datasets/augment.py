@@ -71,10 +71,3 @@ def _rotations(batch: int, dims: int, generator: torch.Generator) -> Float[Tenso
 
 def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
     return (2 * torch.rand(shape, generator=generator, device=generator.device) - 1) * bound
-
-
-def centre(x: Num[Tensor, "batch *rest"], size: tuple[int, ...]) -> Num[Tensor, "batch *smaller"]:
-    """The middle of a batch, where nothing is augmented."""
-    for axis, length in enumerate(size, start=x.ndim - len(size)):
-        x = x.narrow(axis, (x.shape[axis] - length) // 2, length)
-    return x

@@ -37,7 +37,7 @@ def draw_batch(
     """Random crops: of volumes where `size` has three numbers, of slices across `axis` where it has two.
 
     The share `foreground` is centred on a voxel of a random class, the rest anywhere. Of several raters one is drawn.
-    `margin` is added on either side of the crop. Beyond the volume lie zeros: the mean intensity, and the background.
+    `margin` is added on either side of the crop. Beyond the volume lie zeros: a middle intensity, and the background.
     """
     crops = [
         _crop(volumes[i], rng, size, margin, axis, neighbours, foreground)
