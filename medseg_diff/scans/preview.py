@@ -15,8 +15,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from medseg_diff.files import replacing
 from medseg_diff.scans.geometry import spacing_of
-from medseg_diff.scans.write import label_colors, replacing
+from medseg_diff.scans.write import label_colors
 
 WIDTH, PANEL_HEIGHT, SIDE, GAP, TOP, DPI = 1600.0, 560.0, 270.0, 16.0, 92.0, 100.0  # pixels, but for the last
 INK, FAINT, EDGE = "#F2F2F2", "#A8A8A8", "#3A3A3A"

@@ -13,7 +13,7 @@ from medseg_diff import __version__
 from medseg_diff.scans.dicom import muted
 from medseg_diff.scans.itk import LPS_TO_RAS
 from medseg_diff.scans.read import Scan
-from medseg_diff.scans.write import PATIENT_AND_STUDY, label_colors, replacing, source_headers
+from medseg_diff.scans.write import PATIENT_AND_STUDY, label_colors, source_headers
 
 
 @muted()

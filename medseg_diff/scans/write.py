@@ -2,10 +2,7 @@
 
 import gzip
 import itertools
-import os
-import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ from numpy.typing import DTypeLike
 
 from medseg_diff import __version__
 from medseg_diff.errors import UserError
+from medseg_diff.files import replacing
 from medseg_diff.scans.dicom import dicom_folder, muted, read_slices
 from medseg_diff.scans.itk import LPS_TO_RAS
 from medseg_diff.scans.read import Scan
@@ -30,27 +28,6 @@ PATIENT_AND_STUDY = (  # elements of type 2: present, if only empty; de-identifi
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
     *("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
 )
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; then it takes the place of `path`, or, after an error, is removed.
-
-    The old file stays whole until the new one is on the disk. UserError where the disk refuses.
-    """
-    suffix = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
-    temporary = path.with_name(f".{secrets.token_hex(8)}{suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        what = f"it cannot be written ({error.strerror or error})"
-        raise UserError(path, what, "Free some space, or choose a folder that can be written to.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_nifti(
@@ -220,14 +197,6 @@ def _slabs(frame: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> Iterat
         raise ValueError(f"values from {frame.min()} to {frame.max()} do not fit {dtype}")
     for z in range(shape[2]):
         yield frame[:, :, z].astype(dtype.newbyteorder("<")).tobytes(order="F")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _vector(numbers: np.ndarray) -> str:
