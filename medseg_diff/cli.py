@@ -118,7 +118,7 @@ def train(
     for key in ("val/dice", "val/loss"):
         if key in summary:
             print(f"{key} {summary[key]:.4f}")
-    print(f"model {folder / 'best.safetensors'}")
+    print(f"model {folder / 'best.safetensors'}, beside it config.yaml, metrics.csv and pictures")
 
 
 @app.command()
@@ -222,6 +222,8 @@ def compare(
 def check(path: Annotated[Path, typer.Argument(metavar="PATH", help="A data set or a scan.")]) -> None:
     """Name every problem of a data set or a scan at once, and what to do about each."""
     from medseg_diff.datasets.check import check as problems_of
+    from medseg_diff.datasets.check import fingerprint
+    from medseg_diff.datasets.layouts import read_dataset
 
     problems = problems_of(path)
     for problem in problems:
@@ -230,6 +232,8 @@ def check(path: Annotated[Path, typer.Argument(metavar="PATH", help="A data set 
     print(f"{path}: {errors} errors, {len(problems) - errors} warnings")
     if errors:
         raise typer.Exit(2)
+    if (path / "dataset.json").exists():
+        print(_outline(fingerprint(read_dataset(path))))
 
 
 @app.command()
@@ -295,5 +299,10 @@ def _outline(values: dict[str, Any], indent: int = 0) -> str:
         if isinstance(value, dict):
             lines += [f"{'  ' * indent}{key}:", _outline(value, indent + 1)]
         else:
-            lines.append(f"{'  ' * indent}{key}: {value}")
+            shown = ", ".join(map(_short, value)) if isinstance(value, list) else _short(value)
+            lines.append(f"{'  ' * indent}{key}: {shown}")
     return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -69,7 +69,7 @@ def train(config: Config, folder: Path, device: torch.device, *, fresh: bool = F
 
         tags = {"task": config.task, "dataset": dataset.name, "dataset_digest": digest(dataset)}
         tracking = config.tracking
-        parameters = flatten(plain(config)) | {"data.root": config.data.root.name}
+        parameters = flatten(plain(_without_paths(config)))
         tracker = start_run(tracking.uri, tracking.experiment, folder.name, parameters, tags, state.tracking_id)
         state.tracking_id = tracker.run_id
         tracker.artifact(folder / "config.yaml")
@@ -176,7 +176,7 @@ def _validate(
 ) -> dict[str, float]:
     """Writes `model.safetensors`, judges the file, writes the scores into it, keeps the best as `best.safetensors`."""
     path, weights = folder / "model.safetensors", state.average.state_dict()
-    about = Description(config, dataset.labels, dataset.channels, {}, tags, {"steps": state.step})
+    about = Description(_without_paths(config), dataset.labels, dataset.channels, {}, tags, {"steps": state.step})
     save_model(path, weights, about)
     metrics = validate(path, device, cases, held_out, config.seed)
     seeds = [(config.seed, 2**40 + index) for index in range(VALIDATION_BATCHES)]
@@ -189,6 +189,14 @@ def _validate(
         with replacing(folder / "best.safetensors") as temporary:
             shutil.copyfile(path, temporary)
     return metrics
+
+
+def _without_paths(config: Config) -> Config:
+    """What goes with a model and to MLflow: the names of folders, and not where they lie."""
+    data = config.data
+    return config.model_copy(
+        update={"data": data.model_copy(update={name: Path(getattr(data, name).name) for name in ("root", "cache")})}
+    )
 
 
 def _resident(volumes: Sequence[Volume], device: torch.device) -> list[Volume]:

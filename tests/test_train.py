@@ -72,6 +72,7 @@ def test_leaves_what_is_promised(straight: Path):
     assert {row["step"] for row in rows if row["metric"] == "val/dice"} == {"3", "6"}
     about, _ = describe(straight / "model.safetensors")
     assert about.trained == {"steps": 6}
+    assert about.config.data.root == Path("phantom")
     assert about.scores["val/dice"] == json.loads((straight / "summary.json").read_text())["val/dice"]
     assert torch.load(straight / "state.pt", weights_only=True)["counters"]["step"] == 6
 

@@ -76,7 +76,8 @@ class ResidualBlock(nn.Module):
 class UNet(nn.Module):
     """Residual U-Net without a head: returns the decoder's feature maps, the finest first.
 
-    Ronneberger et al. 2015 in outline; strided convolutions down, nearest neighbour and 1 x 1 convolution up.
+    Ronneberger et al. 2015 in outline; strided convolutions down, nearest neighbour and 1 x 1 convolution up, skips
+    added and not concatenated (Myronenko 2018): at the finest level that saves half of the decoder's work.
     """
 
     def __init__(self, dims: int, inputs: int, widths: tuple[int, ...], embedding: int = 0) -> None:
@@ -86,7 +87,7 @@ class UNet(nn.Module):
         pairs = list(itertools.pairwise(widths))
         self.down = nn.ModuleList(convolution(dims, fine, coarse, stride=2) for fine, coarse in pairs)
         self.up = nn.ModuleList(convolution(dims, coarse, fine, kernel=1) for fine, coarse in pairs)
-        self.decoder = nn.ModuleList(ResidualBlock(dims, 2 * fine, fine, embedding) for fine, _ in pairs)
+        self.decoder = nn.ModuleList(ResidualBlock(dims, fine, fine, embedding) for fine, _ in pairs)
 
     def forward(
         self, x: Float[Tensor, "batch inputs *space"], embedding: Float[Tensor, "batch width"] | None = None
@@ -99,7 +100,6 @@ class UNet(nn.Module):
             h = down(h) if down is not None else h
         features = [h]
         for level in reversed(range(len(self.decoder))):
-            h = torch.cat([nearest(self.up[level](h)), skips[level]], dim=1)
-            h = self.decoder[level](h, embedding)
+            h = self.decoder[level](nearest(self.up[level](h)) + skips[level], embedding)
             features.insert(0, h)
         return features

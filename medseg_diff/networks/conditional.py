@@ -49,7 +49,7 @@ class Denoiser(nn.Module):
         self.down = convolution(dims, quarter, eighth, stride=2)
         self.blocks = nn.ModuleList(ResidualBlock(dims, w, w, embedding) for w in (half, quarter, eighth))
         self.up = nn.ModuleList(convolution(dims, a, b, kernel=1) for a, b in ((quarter, half), (eighth, quarter)))
-        self.head = convolution(dims, half, classes)
+        self.head = convolution(dims, half, classes, kernel=1)
         self.readout = nn.Linear(embedding, classes * fine)
         start_at_zero(self.head)
         start_at_zero(self.readout)

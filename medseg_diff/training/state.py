@@ -52,5 +52,7 @@ def begin(config: Config, channels: int, classes: int, device: torch.device) -> 
     network = build(config, channels, classes).to(device)
     average = copy.deepcopy(network).requires_grad_(False)
     decay = config.train.weight_decay
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.train.lr, betas=(0.9, 0.99), weight_decay=decay)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=config.train.lr, betas=(0.9, 0.99), weight_decay=decay, fused=True
+    )
     return State(network, average, optimizer, EnergyScore().to(device))

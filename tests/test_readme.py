@@ -1,0 +1,50 @@
+"""README keeps its word: its commands run, in order, and its links lead somewhere."""
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from medseg_diff import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line]
+
+
+def test_every_target_of_make_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [words[1] for words in commands() if words[0] == "make"]
+    assert targets
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_links_and_pictures_are_there():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+@pytest.mark.slow
+def test_the_commands_run_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEDSEG_DIFF_MODEL", raising=False)
+    shutil.copytree(ROOT / "configs", "configs")
+    programs = [words[1:] for words in commands() if words[0] == "medseg-diff"]
+    assert [words[0] for words in programs] == ["phantom", "check", "train", "segment", "evaluate"]
+    for words in programs:
+        shorter = ["--set", "train.steps=6", "--set", "segment.samples=2"] if words[0] == "train" else []
+        monkeypatch.setattr(sys, "argv", ["medseg-diff", *words, *shorter])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, f"{words}: {capsys.readouterr().err}"
+    for name in re.findall(r"`(phantom_000_\w+\.[\w.]+)`", README):
+        assert (tmp_path / "segmentations" / name).exists(), name
