@@ -14,9 +14,7 @@ from medseg_diff.diffusion.process import x0_from_velocity
 from medseg_diff.diffusion.sampler import sample
 from medseg_diff.diffusion.schedule import levels
 from medseg_diff.figures import draw_grid
-from medseg_diff.scans.geometry import header_for
-from medseg_diff.scans.read import Scan
-from medseg_diff.scans.write import write_nifti
+from medseg_diff.scans.write import write_volume
 
 TOGETHER = 16
 """Images in one call of the network."""
@@ -60,8 +58,7 @@ def generate_files(model: Model, out: Path, count: int, *, steps: int | None, se
         if config.data.spatial_dims == 2:
             array = np.expand_dims(array, config.data.axis + 1)
         path = out / f"image_{index:04d}.nii.gz"
-        scan = Scan(path, path.name, array, affine, header_for(affine, array.shape[1:]), "nifti", ())
-        write_nifti(array, scan, path, np.float32, count=None if len(array) == 1 else len(array))
+        write_volume(array, affine, path)
         paths.append(path)
     return paths
 

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import nibabel as nib
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from scipy.ndimage import gaussian_filter1d
@@ -13,6 +12,8 @@ from scipy.spatial.transform import Rotation
 
 from medseg_diff.datasets.anatomy import Structure, bounds, draw_body, signed_distance
 from medseg_diff.errors import UserError
+from medseg_diff.scans.geometry import reoriented
+from medseg_diff.scans.write import write_volume
 
 Modality = Literal["ct", "mr"]
 LABELS = {0: "background", 1: "organ", 2: "vessel", 3: "lesion"}
@@ -61,9 +62,11 @@ def make_phantom(folder: Path, cases: int, modality: Modality, raters: int, seed
         stored = np.round(image).astype(np.int16) if modality == "ct" else image
         name = f"phantom_{i:03}.nii.gz"
         labels = [name] if raters == 1 else [f"phantom_{i:03}_rater{r + 1}.nii.gz" for r in range(raters)]
-        _save(stored, affine, order, folder / "imagesTr" / name)
-        for label, label_map in zip(labels, label_maps, strict=True):
-            _save(label_map, affine, order, folder / "labelsTr" / label)
+        files = {folder / "imagesTr" / name: stored}
+        files |= {folder / "labelsTr" / label: label_map for label, label_map in zip(labels, label_maps, strict=True)}
+        for path, volume in files.items():
+            turned, turned_affine = reoriented(volume, affine, order)
+            write_volume(turned[None], turned_affine, path)
         paths = [f"./labelsTr/{label}" for label in labels]
         training.append({"image": f"./imagesTr/{name}", "label": paths if raters > 1 else paths[0]})
     description = {
@@ -188,15 +191,3 @@ def _affine(shape: tuple[int, ...], spacing_mm: tuple[float, ...], degrees: floa
     affine[:3, :3] = Rotation.from_euler("xz", [degrees, degrees / 2], degrees=True).as_matrix() * spacing_mm
     affine[:3, 3] = [12, -30, 55] - affine[:3, :3] @ (np.array(shape) - 1) / 2
     return affine
-
-
-def _save(array: np.ndarray, affine: np.ndarray, order: str, path: Path) -> None:
-    """Write an array whose axes lead right, front and head, with its axes in another order."""
-    ornt = nib.orientations.axcodes2ornt(order)
-    image = nib.Nifti1Image(array, affine).as_reoriented(
-        nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), ornt)
-    )
-    image.header.set_xyzt_units("mm")
-    image.set_qform(image.affine, "scanner")
-    image.set_sform(image.affine, "scanner")
-    nib.save(image, path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from medseg_diff.errors import UserError
 
@@ -68,3 +68,13 @@ def ras_spacing(affine: Float[np.ndarray, "4 4"]) -> tuple[float, float, float]:
     axes = nib.io_orientation(affine)[:, 0].astype(int)
     x, y, z = np.array(spacing_of(affine))[np.argsort(axes)]
     return float(x), float(y), float(z)
+
+
+def reoriented(
+    array: Shaped[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"], codes: str
+) -> tuple[Shaped[np.ndarray, "i j k"], Float[np.ndarray, "4 4"]]:
+    """The same volume with its axes leading as `codes` says, such as LPS: every voxel keeps its place in the world."""
+    wanted = nib.orientations.axcodes2ornt(codes)
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), wanted)
+    turned = nib.orientations.apply_orientation(array, turn)
+    return np.ascontiguousarray(turned), affine @ nib.orientations.inv_ornt_aff(turn, array.shape)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-from jaxtyping import Integer
+from jaxtyping import Float, Integer, Shaped
 from numpy.typing import DTypeLike
 
 from medseg_diff import __version__
 from medseg_diff.errors import UserError
 from medseg_diff.files import replacing
 from medseg_diff.scans.dicom import dicom_folder, muted, read_slices
+from medseg_diff.scans.geometry import header_for
 from medseg_diff.scans.itk import LPS_TO_RAS
 from medseg_diff.scans.read import Scan
 
@@ -54,6 +55,13 @@ def write_nifti(
                 written += 1
             if written != (count or 1):
                 raise ValueError(f"{written} frames came where {count or 1} were promised")
+
+
+def write_volume(array: Shaped[np.ndarray, "channels x y z"], affine: Float[np.ndarray, "4 4"], path: Path) -> None:
+    """Writes a NIfTI file of the array's type on a grid of its own: 3-D for one channel, else 4-D."""
+    header = header_for(affine, array.shape[1:])
+    scan = Scan(path, path.name, array.astype(np.float32), affine, header, "nifti", ())
+    write_nifti(array, scan, path, array.dtype, count=None if len(array) == 1 else len(array))
 
 
 def write_seg_nrrd(label_map: Integer[np.ndarray, "x y z"], scan: Scan, names: dict[int, str], path: Path) -> None:
