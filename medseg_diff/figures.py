@@ -17,21 +17,17 @@ PALETTE = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#c
 
 
 def draw_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path) -> None:
-    """Training loss on the left, validation scores on the right; `curves` maps a metric to steps and values."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    losses, scores = figure.subplots(1, 2)
-    for name, (steps, values) in curves.items():
-        if name.endswith("loss"):
-            losses.plot(steps, values, ".-" if len(steps) < 20 else "-", label=name, linewidth=1.2)
-        else:
-            scores.plot(steps, values, "o-", label=name)
-    losses.set(title="Loss", xlabel="step")
-    scores.set(title="Validation", xlabel="step")
-    for axes in (losses, scores):
+    """A panel for each metric, of those that have values; `curves` maps its name to steps and values."""
+    shown = {name: curve for name, curve in curves.items() if curve[0]}
+    figure = Figure(figsize=(4.2 * max(1, len(shown)), 3.4), layout="constrained")
+    for column, (name, (steps, values)) in enumerate(shown.items(), start=1):
+        axes = figure.add_subplot(1, len(shown), column)
+        axes.plot(steps, values, "o-" if len(steps) < 20 else "-", color=PALETTE[-1], linewidth=1.5, markersize=4)
+        axes.set(title=name, xlabel="step", xlim=(0, None))
+        if len(values) > 5:  # the first values of a loss would flatten all the others
+            axes.set_ylim(top=min(max(values), 1.5 * float(np.percentile(values, 95))))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.lines:
-            axes.legend(frameon=False)
     _save(figure, path)
 
 
