@@ -32,3 +32,17 @@ def progress(what: str, total: int | float) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=TERMINAL, transient=True) as bar:
         task = bar.add_task(what, total=total, note="")
         yield lambda by=1.0, note="": bar.update(task, advance=by, note=note)
+
+
+@contextmanager
+def whole(advance: Callable[..., None]) -> Iterator[Callable[[float], None]]:
+    """One unit of a bar, advanced by parts of it; what is left of it when it ends, refused or done, follows."""
+    left = 1.0
+
+    def part(share: float) -> None:
+        nonlocal left
+        left -= share
+        advance(share)
+
+    yield part
+    advance(left)

@@ -4,11 +4,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 VOXELS_AT_ONCE = 4_000_000
 """Voxels times samples that are compared at once: bounds the memory; below 2^24 the counts are exact in float32."""
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """What is said of a label; interval and agreement are null where the model draws no samples."""
+
+    value: int
+    name: str
+    volume_ml: float
+    volume_ml_interval90: tuple[float, float] | None
+    agreement: float | None
 
 
 @dataclass
@@ -31,6 +42,24 @@ class Tally:
                 member = (part == index).float()
                 self.counts[:, index] += member.sum(1).double().cpu()
                 self.common[..., index] += (member @ member.T).double().cpu()
+
+
+def label_reports(
+    names: dict[int, str],
+    label_map: Integer[np.ndarray, "x y z"],
+    voxel_ml: float,
+    tally: Tally | None,
+    grid_voxel_ml: float,
+) -> tuple[LabelReport, ...]:
+    """Each label but the background: its volume in the map, and what the samples, on a grid of their own, say of it."""
+    found = []
+    agreements = [None] * len(names) if tally is None else agreement(tally).tolist()
+    for index, (value, name) in enumerate(names.items()):
+        if value:
+            volume = float(np.count_nonzero(label_map == value)) * voxel_ml
+            interval = None if tally is None else interval90(tally.counts[:, index].numpy() * grid_voxel_ml, volume)
+            found.append(LabelReport(value, name, volume, interval, agreements[index]))
+    return tuple(found)
 
 
 def agreement(tally: Tally) -> Float[np.ndarray, "classes"]:

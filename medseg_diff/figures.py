@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from medseg_diff.files import replacing
+from medseg_diff.palette import LABEL_COLORS
 
-PALETTE = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7", "#0072b2")
-"""Okabe and Ito's colours, told apart by colour-blind readers; the background first."""
+PALETTE = ("#000000", *LABEL_COLORS)
+"""The background is black."""
 
 
 def draw_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path) -> None:

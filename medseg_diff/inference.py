@@ -1,6 +1,5 @@
 """A network over a whole scan: window by window, slice by slice, the same noise everywhere for the same sample."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +19,13 @@ from medseg_diff.diffusion.schedule import levels
 from medseg_diff.ensemble import Tally
 from medseg_diff.networks.blocks import nearest
 from medseg_diff.networks.conditional import STRIDE, Features
-
-STEP = 16
-"""Windows, of training sizes, are multiples of this apart, so that their coarse grids coincide."""
+from medseg_diff.windows import Window, importance, pad_to_stride, windows
 
 VOXELS_AT_ONCE = 2_000_000
 """Voxels times samples (or slices) in one call; bounds the memory."""
+
+NOISE_KEPT = 2**27
+"""Numbers of the noise that are kept for the windows to come, 512 MB; what goes beyond is drawn again for each."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,6 @@ class Prediction:
     samples: UInt8[np.ndarray, "samples x y z"] | None
 
 
-@dataclass(frozen=True)
-class Window:
-    """A box of the padded volume, and the core of it whose answers count; the cores tile the volume."""
-
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-    core: tuple[slice, ...]
-
-
 @torch.inference_mode()
 def predict(
     model: Model,
@@ -55,8 +46,12 @@ def predict(
     steps: int,
     seed: int,
     keep: np.ndarray | None = None,
+    progress: Callable[[float], object] = lambda share: None,
 ) -> Prediction:
-    """Mean probabilities and `samples` masks of a prepared scan; masks are written into `keep` where it is given."""
+    """Mean probabilities and `samples` masks of a prepared scan; masks are written into `keep` where it is given.
+
+    `progress` is told of every part that is done, and its share of the whole; the shares add up to 1.
+    """
     data, classes = model.about.config.data, len(model.about.labels)
     drawing = model.about.config.network.kind == "conditional"
     image = image.to(model.device)
@@ -70,33 +65,35 @@ def predict(
     kept = keep if keep is None or axis is None else np.moveaxis(keep, axis + 1, 1)
     noise = Noise(seed, classes, tuple(n // STRIDE for n in padded))
     found = windows(space, padded, data.size)
-    importance = _importance(found[0].size) if len(found) > 1 else torch.ones(padded)
+    weight = importance(found[0].size) if len(found) > 1 else torch.ones(padded)
 
     for window in found:
         inside = tuple(slice(a, min(a + s, n)) for a, s, n in zip(window.start, window.size, space, strict=True))
         within = tuple(slice(0, s.stop - s.start) for s in inside)
-        weights[inside] += importance[within]
-        for chosen in _slabs(stack.shape[1], window.size) if axis is not None else [slice(None)]:
-            batch = stack[None] if axis is None else with_neighbours(stack, data.neighbours, chosen)
+        weights[inside] += weight[within]
+        part = cut(stack, window.start, window.size)
+        slabs = [slice(None)] if axis is None else _slabs(stack.shape[1], window.size)
+        for chosen in slabs:
+            batch = part[None] if axis is None else with_neighbours(part, data.neighbours, chosen)
             with autocast(model.device, model.about.config.train.precision):
-                features = model.network.encode(cut(batch, window.start, window.size))
-            mean = features.mean_logits.softmax(1).cpu()[_last(within)] * importance[within]
+                features = model.network.encode(batch)
+            mean = features.mean_logits.softmax(1).cpu()[_last(within)] * weight[within]
             where = inside if axis is None else (chosen, *inside)
             probabilities[(slice(None), *where)] += mean[0] if axis is None else mean.movedim(1, 0)
-            if tally is None:
-                continue
-            core = tuple(slice(c.start - a, c.stop - a) for c, a in zip(window.core, window.start, strict=True))
-            target = window.core if axis is None else (chosen, *window.core)
-            drawn = torch.cat(
-                [
-                    _draw(model, features, noise, group, window, steps)[_last(core)]
-                    for group in _groups(samples, features.mean_logits)
-                ]
-            )
-            drawn = drawn[:, 0] if axis is None else drawn
-            tally.add(drawn)
-            if kept is not None:
-                kept[(slice(None), *target)] = drawn.cpu().numpy()
+            if tally is not None:
+                core = tuple(slice(c.start - a, c.stop - a) for c, a in zip(window.core, window.start, strict=True))
+                target = window.core if axis is None else (chosen, *window.core)
+                drawn = torch.cat(
+                    [
+                        _draw(model, features, noise, group, window, steps)[_last(core)]
+                        for group in _groups(samples, features.mean_logits)
+                    ]
+                )
+                drawn = drawn[:, 0] if axis is None else drawn
+                tally.add(drawn)
+                if kept is not None:
+                    kept[(slice(None), *target)] = drawn.cpu().numpy()
+            progress(1 / len(found) / len(slabs))
 
     probabilities /= weights
     return Prediction(probabilities if axis is None else probabilities.movedim(1, axis + 1), tally, keep)
@@ -107,11 +104,16 @@ class Noise:
 
     def __init__(self, seed: int, classes: int, coarse: tuple[int, ...]) -> None:
         self.seed, self.classes, self.coarse = seed, classes, coarse
+        self.kept: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, sample_index: int, call: int, window: Window) -> Float[Tensor, "classes *coarse"]:
         """The window's part. Drawn on the CPU, so that every device sees the same."""
-        generator = torch.Generator().manual_seed(_mix(self.seed, sample_index, call))
-        whole = torch.randn(self.classes, *self.coarse, generator=generator)
+        whole = self.kept.get((sample_index, call))
+        if whole is None:
+            generator = torch.Generator().manual_seed(_mix(self.seed, sample_index, call))
+            whole = torch.randn(self.classes, *self.coarse, generator=generator)
+            if (len(self.kept) + 1) * whole.numel() <= NOISE_KEPT:
+                self.kept[sample_index, call] = whole
         inside = zip(window.start, window.size, strict=True)
         return whole[(slice(None), *(slice(a // STRIDE, (a + s) // STRIDE) for a, s in inside))]
 
@@ -145,56 +147,14 @@ def trace(
     return seen
 
 
-def pad_to_stride(space: tuple[int, ...], widths: tuple[int, ...]) -> tuple[int, ...]:
-    """The next lengths that every level of the network fits. No more: padding is part of what the group norms see.
-
-    At least two voxels are left at the deepest level, since a norm of one alone is not defined.
-    """
-    stride = 2 ** (len(widths) - 1)
-    return tuple(max(2, -(-n // stride)) * stride for n in space)
-
-
-def windows(space: tuple[int, ...], padded: tuple[int, ...], size: tuple[int, ...]) -> list[Window]:
-    """One window where the padded volume is at most four times the training size; else windows that overlap by half."""
-    if np.prod(padded) <= 4 * np.prod(size):
-        size = padded
-    size = tuple(min(s, p) for s, p in zip(size, padded, strict=True))
-    starts = [_starts(p, s) for p, s in zip(padded, size, strict=True)]
-    cores = [_cores(a, s, n) for a, s, n in zip(starts, size, space, strict=True)]
-    pairs = [list(zip(a, c, strict=True)) for a, c in zip(starts, cores, strict=True)]
-    corners = (tuple(zip(*corner, strict=True)) for corner in itertools.product(*pairs))
-    found = [Window(start, size, core) for start, core in corners]
-    return [window for window in found if all(c.start < c.stop for c in window.core)]  # some hold only padding
-
-
 def _last(box: tuple[slice, ...]) -> Any:
     """An index of the last dimensions."""
     return (..., *box)
 
 
-def _starts(length: int, size: int) -> list[int]:
-    step = max(STEP, size // 2 // STEP * STEP)
-    return [*range(0, length - size, step), length - size]
-
-
-def _cores(starts: list[int], size: int, length: int) -> list[slice]:
-    """Every voxel belongs to one window: the borders lie in the middle of the overlaps."""
-    borders = [0, *((b + a + size) // 2 for a, b in itertools.pairwise(starts)), length]
-    return [slice(min(a, length), min(b, length)) for a, b in itertools.pairwise(borders)]
-
-
-def _importance(size: tuple[int, ...]) -> Float[Tensor, "*size"]:
-    """A Gaussian around the centre: where windows overlap, the middle of one counts more than the rim of another."""
-    result = torch.ones(())
-    for length in size:
-        distance = (torch.arange(length) - (length - 1) / 2) / (length / 4)
-        result = result[..., None] * torch.exp(-0.5 * distance**2).clamp_min(1e-3)
-    return result
-
-
-def _slabs(count: int, size: tuple[int, ...]) -> Iterator[slice]:
+def _slabs(count: int, size: tuple[int, ...]) -> list[slice]:
     batch = max(1, VOXELS_AT_ONCE // int(np.prod(size)))
-    return (slice(a, min(a + batch, count)) for a in range(0, count, batch))
+    return [slice(a, min(a + batch, count)) for a in range(0, count, batch)]
 
 
 def _groups(samples: int, logits: Tensor) -> Iterator[range]:

@@ -4,7 +4,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ from jaxtyping import Float, Integer
 
 from medseg_diff import __version__
 from medseg_diff.checkpoint import Model
-from medseg_diff.console import progress, say
+from medseg_diff.console import progress, say, whole
 from medseg_diff.datasets.pipeline import prepare, preprocessing, restore
-from medseg_diff.ensemble import Tally, agreement, interval90, nominal_level
+from medseg_diff.ensemble import LabelReport, Tally, label_reports, nominal_level
 from medseg_diff.errors import UserError
 from medseg_diff.inference import Prediction, predict
 from medseg_diff.scans.preview import draw_preview
@@ -38,17 +38,6 @@ DEFAULT_ITEMS = ("seg", "uncertainty", "preview", "report")
 
 
 @dataclass(frozen=True)
-class LabelReport:
-    """What is said of a label; interval and agreement are null where the model draws no samples."""
-
-    value: int
-    name: str
-    volume_ml: float
-    volume_ml_interval90: tuple[float, float] | None
-    agreement: float | None
-
-
-@dataclass(frozen=True)
 class Segmentation:
     """A label map with the data set's own values, on the scan's grid, and all that is known about it."""
 
@@ -60,11 +49,18 @@ class Segmentation:
 
 
 def segment_scan(
-    model: Model, scan: Scan, *, samples: int, steps: int, seed: int, keep: Path | None = None
+    model: Model,
+    scan: Scan,
+    *,
+    samples: int,
+    steps: int,
+    seed: int,
+    keep: Path | None = None,
+    progress: Callable[[float], object] = lambda share: None,
 ) -> Segmentation:
     """The most probable label of every voxel, and 1 - its probability as the uncertainty.
 
-    `keep` is a folder for the sampled masks; without it they are counted and forgotten.
+    `keep` is a folder for the sampled masks; without it they are counted and forgotten. `progress` as of `predict`.
     """
     prepared = prepare(scan, preprocessing(model.about.config.data))
     image, affine = prepared.as_tensor(), prepared.affine
@@ -73,14 +69,14 @@ def segment_scan(
     if (scan.array == scan.array[:, :1, :1, :1]).all():
         prediction = _nothing(len(values), samples, grid, kept)
     else:
-        prediction = predict(model, image, samples=samples, steps=steps, seed=seed, keep=kept)
+        prediction = predict(model, image, samples=samples, steps=steps, seed=seed, keep=kept, progress=progress)
     best, label_map = np.full(scan.shape, -1, np.float32), np.zeros(scan.shape, _dtype(values))
     for value, frame in zip(values, probability_frames(prediction, affine, scan), strict=True):
         better = frame > best
         label_map[better] = value
         np.maximum(best, frame, out=best)
     grid_voxel_ml = float(torch.linalg.det(affine[:3, :3].double()).abs()) / 1000
-    labels = _label_reports(model.about.labels, label_map, scan.voxel_ml, prediction, grid_voxel_ml)
+    labels = label_reports(model.about.labels, label_map, scan.voxel_ml, prediction.tally, grid_voxel_ml)
     return Segmentation(label_map, np.clip(1 - best, 0, 1), labels, prediction, affine)
 
 
@@ -127,13 +123,14 @@ def segment_files(
     count = (samples or settings.samples) if drawing else 0
     with progress("segmenting", len(scans)) as advance:
         for path in scans:
-            try:
-                with _refusing(path):
-                    reports.append(_segment_file(path, model, out, count, steps or settings.steps, seed, items))
-            except UserError as error:
-                say(f"refused: {error}")
-                refused.append(error)
-            advance()
+            with whole(advance) as part:
+                try:
+                    with _refusing(path):
+                        report = _segment_file(path, model, out, count, steps or settings.steps, seed, items, part)
+                        reports.append(report)
+                except UserError as error:
+                    say(f"refused: {error}")
+                    refused.append(error)
     return reports, refused
 
 
@@ -153,7 +150,14 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def _segment_file(
-    path: Path, model: Model, out: Path, samples: int, steps: int, seed: int, items: Sequence[str]
+    path: Path,
+    model: Model,
+    out: Path,
+    samples: int,
+    steps: int,
+    seed: int,
+    items: Sequence[str],
+    part: Callable[[float], None],
 ) -> dict[str, Any]:
     begin = time.perf_counter()
     scan = read_scan(path, len(model.about.channels))
@@ -165,7 +169,7 @@ def _segment_file(
     with tempfile.TemporaryDirectory(dir=out, prefix=".segment-") as folder:
         aside = Path(folder)
         keep = aside if "samples" in items else None
-        found = segment_scan(model, scan, samples=samples, steps=steps, seed=seed, keep=keep)
+        found = segment_scan(model, scan, samples=samples, steps=steps, seed=seed, keep=keep, progress=part)
         warnings = list(scan.warnings)
         if bound and not found.label_map.any():
             warnings.append(f"nothing was segmented: no {' and no '.join(bound)} is written")
@@ -228,19 +232,6 @@ def _check_items(items: Sequence[str], model: Model) -> None:
         raise UserError(f"--save {','.join(items)}", what, f"Choose from {','.join(FILES)}.")
     if "samples" in items and model.about.config.network.kind != "conditional":
         raise UserError("--save samples", "this model is deterministic, it draws no samples", "Leave samples out.")
-
-
-def _label_reports(
-    names: dict[int, str], label_map: np.ndarray, voxel_ml: float, prediction: Prediction, grid_voxel_ml: float
-) -> tuple[LabelReport, ...]:
-    tally, found = prediction.tally, []
-    agreements = [None] * len(names) if tally is None else agreement(tally).tolist()
-    for index, (value, name) in enumerate(names.items()):
-        if value:
-            volume = float(np.count_nonzero(label_map == value)) * voxel_ml
-            interval = None if tally is None else interval90(tally.counts[:, index].numpy() * grid_voxel_ml, volume)
-            found.append(LabelReport(value, name, volume, interval, agreements[index]))
-    return tuple(found)
 
 
 def _nothing(classes: int, samples: int, grid: tuple[int, ...], kept: np.ndarray | None) -> Prediction:

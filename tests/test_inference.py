@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from medseg_diff import inference
 from medseg_diff.checkpoint import Model, load_model
-from medseg_diff.inference import Noise, Window, pad_to_stride, predict, trace, windows
+from medseg_diff.datasets.slices import with_neighbours
+from medseg_diff.inference import Noise, predict, trace
 from medseg_diff.networks.blocks import nearest
 from medseg_diff.networks.conditional import STRIDE, Features
+from medseg_diff.windows import Window, pad_to_stride, windows
 
 CPU = torch.device("cpu")
 SHAPE = (34, 20, 18)
@@ -170,8 +172,10 @@ def test_a_deterministic_network_draws_nothing(model, image):
     torch.testing.assert_close(found.probabilities.sum(0), torch.ones(SHAPE))
 
 
+@pytest.mark.parametrize("size", [(48, 32, 32), (16, 16, 16)])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_no_noise_is_drawn_in_vain(model, image, steps, monkeypatch):
+def test_no_noise_is_drawn_in_vain(model, image, steps, size, monkeypatch):
+    """Neither for a step that adds none, nor again for the next window."""
     calls = []
 
     def mix(*numbers: int) -> int:
@@ -179,8 +183,39 @@ def test_no_noise_is_drawn_in_vain(model, image, steps, monkeypatch):
         return sum(numbers)
 
     monkeypatch.setattr(inference, "_mix", mix)
-    predict(settings(model["volumes"], Pointwise(), size=(48, 32, 32)), image, samples=1, steps=steps, seed=0)
+    predict(settings(model["volumes"], Pointwise(), size=size), image, samples=1, steps=steps, seed=0)
     assert len(calls) == len(set(calls)) == 2 * steps - 1
+
+
+def test_noise_that_is_not_kept_is_the_same(model, image, monkeypatch):
+    windowed = settings(model["volumes"], Pointwise(), size=(16, 16, 16))
+    _, kept = drawn(windowed, image, steps=2)
+    monkeypatch.setattr(inference, "NOISE_KEPT", 1000)
+    _, drawn_again = drawn(windowed, image, steps=2)
+    assert np.array_equal(kept, drawn_again)
+
+
+def test_slices_are_cut_before_their_neighbours_join(model, image, monkeypatch):
+    seen = []
+
+    def watched(stack: Tensor, *rest: object) -> Tensor:
+        seen.append(tuple(stack.shape[2:]))
+        return with_neighbours(stack, *rest)
+
+    monkeypatch.setattr(inference, "with_neighbours", watched)
+    drawn(settings(model["slices"], Pointwise(), size=(16, 16), axis=2), torch.cat([image, image, image], 2))
+    assert len(seen) > 1
+    assert set(seen) == {(16, 16)}
+
+
+@pytest.mark.parametrize(("kind", "size"), [("volumes", (16, 16, 16)), ("slices", (16, 16)), ("unet", (48, 48, 48))])
+def test_progress_is_told_of_every_part(model, image, kind, size, monkeypatch):
+    monkeypatch.setattr(inference, "VOXELS_AT_ONCE", 5_000)
+    shares: list[float] = []
+    found = settings(model[kind], Pointwise(), size=size)
+    predict(found, image, samples=1, steps=1, seed=0, progress=shares.append)
+    assert sum(shares) == pytest.approx(1)
+    assert (len(shares) > 1) == (kind != "unet")
 
 
 @pytest.mark.parametrize("kind", ["volumes", "slices"])

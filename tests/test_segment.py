@@ -1,5 +1,6 @@
 import itertools
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from medseg_diff import segment
+from medseg_diff import inference, segment
 from medseg_diff.checkpoint import Model, load_model
 from medseg_diff.ensemble import interval90
 from medseg_diff.errors import UserError
@@ -146,6 +147,20 @@ def test_a_scan_without_contrast_has_an_empty_mask_and_a_warning(model, tmp_path
     assert not voxels(tmp_path / "out/zero_seg.nii.gz").any()
     assert not voxels(tmp_path / "out/zero_samples.nii.gz").any()
     assert [label["volume_ml_interval90"] for label in report["labels"]] == [(0, 0), (0, 0)]
+
+
+def test_the_bar_advances_by_one_a_scan_and_within_it(model, scan, tmp_path, monkeypatch):
+    """Also where a scan is refused, or has no contrast and is not computed."""
+    parts: list[float] = []
+    monkeypatch.setattr(segment, "progress", lambda what, total: nullcontext(parts.append))
+    flat = write_scan(tmp_path / "flat.nii.gz", scale=0.0)
+    segment_files([scan, tmp_path / "absent.nii.gz", flat], model["slices"], tmp_path, samples=1, items=["seg"])
+    monkeypatch.setattr(inference, "VOXELS_AT_ONCE", 2000)
+    before = len(parts)
+    assert sum(parts) == pytest.approx(3)
+    segment_files([scan], model["slices"], tmp_path, samples=1, items=["seg"])
+    assert len(parts[before:]) > 3
+    assert sum(parts[before:]) == pytest.approx(1)
 
 
 def test_a_refused_scan_leaves_nothing_and_does_not_stop_the_others(model, scan, tmp_path, capsys):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -61,7 +62,7 @@ def test_a_generator_leaves_a_grid(models, tmp_path):
 
 @pytest.mark.parametrize("kind", ["volumes", "slices"])
 def test_the_process_is_shown_where_the_foreground_is(models, tmp_path, monkeypatch, kind):
-    """Every panel is the slice with most foreground, and the network never sees the whole volume at once."""
+    """Every panel is of the slice with most foreground, and the network never sees more than in training."""
     model, held = load_model(models[kind], CPU), volume()
     axis = model.about.config.data.axis
     seen = []
@@ -70,7 +71,7 @@ def test_the_process_is_shown_where_the_foreground_is(models, tmp_path, monkeypa
     trace = validation.trace
 
     def watched(model, image, **options):
-        traced.append(image.shape[axis + 1])
+        traced.append(image.shape[1:])
         return trace(model, image, **options)
 
     monkeypatch.setattr(validation, "trace", watched)
@@ -79,8 +80,19 @@ def test_the_process_is_shown_where_the_foreground_is(models, tmp_path, monkeypa
     assert aspect == 1
     assert len(above) == len(below) == 1 + STRIP_STEPS
     most = {1: 5, 2: 30}[axis]
-    expected = held.labels[0].select(axis, most).rot90().numpy()
-    assert np.array_equal(above[0][1], held.image[0].select(axis, most).rot90().numpy())
-    assert np.array_equal(below[0][1].any(-1), expected > 0)
-    assert {panel.shape[:2] for row in (above, below) for _, panel in row} == {expected.shape}
-    assert traced[0] <= 16
+    foreground = held.labels[0].select(axis, most).rot90().numpy() > 0
+    values = held.image[0].select(axis, most).rot90().numpy()
+    scan, reference = above[0][1], below[0][1].any(-1)
+    assert np.array_equal(scan[reference], values[foreground])
+    assert np.isin(scan, values).all()
+    assert {panel.shape[:2] for row in (above, below) for _, panel in row} == {(16, 16)}
+    data = model.about.config.data
+    assert traced[0][axis] == (16 if kind == "volumes" else 2 * data.neighbours + 1)
+
+
+@pytest.mark.parametrize("kind", ["volumes", "slices"])
+def test_the_process_of_a_volume_without_foreground_or_smaller_than_a_crop(models, tmp_path, kind):
+    held = volume()
+    empty = replace(held, image=held.image[:, :9, :9, :9], labels=torch.zeros(1, 9, 9, 9, dtype=torch.uint8))
+    draw_process(load_model(models[kind], CPU), empty, tmp_path / "process.png", seed=0)
+    assert imread(tmp_path / "process.png").ndim == 3

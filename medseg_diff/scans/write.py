@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike
 from medseg_diff import __version__
 from medseg_diff.errors import UserError
 from medseg_diff.files import replacing
+from medseg_diff.palette import LABEL_COLORS
 from medseg_diff.scans.dicom import dicom_folder, muted, read_slices
 from medseg_diff.scans.geometry import header_for
 from medseg_diff.scans.itk import LPS_TO_RAS
@@ -23,8 +24,6 @@ GEOMETRY = (
     *("srow_x", "srow_y", "srow_z", "xyzt_units"),
 )
 
-# Okabe and Ito, told apart by colour-blind eyes: https://jfly.uni-koeln.de/color/
-LABEL_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2")
 PATIENT_AND_STUDY = (  # elements of type 2: present, if only empty; de-identified series lack some
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
     *("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),

@@ -38,21 +38,23 @@ def validate(
 def draw_process(model: Model, volume: Volume, path: Path, seed: int) -> None:
     """The slice with most foreground: above the noisy mask at every call, below the mask drawn from it.
 
-    The network sees only what surrounds the slice; a whole CT in one window would take all the memory.
+    The network sees a crop around that foreground, as large as in training: a whole CT in one window would take all
+    the memory.
     """
     data, classes = model.about.config.data, len(model.about.labels)
     assert data.spacing_mm is not None
-    most = int((volume.labels[0] > 0).movedim(data.axis, 0).sum((1, 2)).argmax())
-    reach = data.size[data.axis] // 2 if data.spatial_dims == 3 else data.neighbours + 1
-    first = max(0, most - reach)
-    image, labels = (
-        x.movedim(data.axis - 3, 0)[first : most + reach].movedim(0, data.axis - 3)
-        for x in (volume.image, volume.labels)
-    )
+    planes = (volume.labels[0] > 0).movedim(data.axis, 0)
+    most = int(planes.sum((1, 2)).argmax())
+    positions = (planes[most] if planes.any() else ~planes[most]).nonzero()
+    centre = np.insert(positions.double().mean(0).round().int(), data.axis, most)
+    size = np.array(data.size) if data.spatial_dims == 3 else np.insert(data.size, data.axis, 2 * data.neighbours + 1)
+    start = np.clip(centre - size // 2, 0, np.maximum(0, volume.image.shape[1:] - size))
+    box = (slice(None), *map(slice, start, start + size))
+    image, labels = volume.image[box], volume.labels[box]
 
     def slice_of(x: Tensor) -> np.ndarray:
         """The slice of a map, shown upright."""
-        return x.select(data.axis - 3, most - first).rot90(dims=(-2, -1)).numpy()
+        return x.select(data.axis - 3, most - int(start[data.axis])).rot90(dims=(-2, -1)).numpy()
 
     above = [("scan", slice_of(image[0]))]
     below = [("reference", colours(slice_of(one_hot(labels[:1], classes)[0])))]
