@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -64,6 +65,8 @@ def main() -> None:
 
         if isinstance(error, UserError):
             say(f"error: {error}")
+        elif isinstance(error, OSError) and error.filename is not None:
+            say(f"error: {error.filename}: {error.strerror}. Choose a place that can be read and written to.")
         else:
             say(f"error: {reason(error)}. This is not meant to happen: --debug shows where; please report it.")
         sys.exit(2)
@@ -167,7 +170,7 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Calls of the denoiser for a mask.")] = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
-    uri: Annotated[str | None, typer.Option(help="Tracking store; by default the model's.")] = None,
+    uri: Annotated[str | None, typer.Option(help="Tracking store; by default mlflow.db here.")] = None,
 ) -> None:
     """Score a model on a data set, or label maps against references."""
     if (predictions is None) != (references is None) or (predictions is not None and data is not None):
@@ -207,38 +210,40 @@ def compare(
     experiment: Annotated[str | None, typer.Option(help="Only runs of this experiment.")] = None,
     metric: Annotated[str, typer.Option(help="Sorts the runs, best first.")] = "val/dice",
     top: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
-    uri: Annotated[str, typer.Option(help="Tracking store.")] = "sqlite:///mlflow.db",
+    uri: Annotated[str | None, typer.Option(help="Tracking store; by default mlflow.db here.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show MLflow runs side by side: the parameters that differ, and the metrics."""
     from medseg_diff.compare import compare as rows_of
     from medseg_diff.compare import render
+    from medseg_diff.config import Tracking
 
-    rows = rows_of(uri, experiment, metric, top)
-    print(json.dumps(rows, indent=2) if as_json else render(rows, uri, metric))
+    store = uri or os.environ.get("MLFLOW_TRACKING_URI") or Tracking().uri
+    rows = rows_of(store, experiment, metric, top)
+    print(json.dumps(rows, indent=2) if as_json else render(rows, store, metric))
 
 
 @app.command()
 def check(path: Annotated[Path, typer.Argument(metavar="PATH", help="A data set or a scan.")]) -> None:
     """Name every problem of a data set or a scan at once, and what to do about each."""
-    from medseg_diff.datasets.check import check as problems_of
-    from medseg_diff.datasets.check import fingerprint
-    from medseg_diff.datasets.layouts import read_dataset
+    from medseg_diff.datasets.check import check as inspect
 
-    problems = problems_of(path)
+    problems, contents = inspect(path)
     for problem in problems:
         print(f"{problem.level}: {problem.where}: {problem.what}. {problem.advice}")
     errors = sum(problem.level == "error" for problem in problems)
     print(f"{path}: {errors} errors, {len(problems) - errors} warnings")
     if errors:
         raise typer.Exit(2)
-    if (path / "dataset.json").exists():
-        print(_outline(fingerprint(read_dataset(path))))
+    if contents:
+        print(_outline(contents))
 
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A .safetensors file or a run folder.")],
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A .safetensors file or a run folder; else the newest run.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a model file is: labels, preprocessing, scores, data, version."""

@@ -1,16 +1,18 @@
 """Masks against references: `medseg-diff evaluate`, and the validation of training."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from medseg_diff.checkpoint import Model
 from medseg_diff.config import Tracking, flatten, plain
-from medseg_diff.console import progress
-from medseg_diff.datasets.layouts import Case, Dataset, digest, read_dataset, split
+from medseg_diff.console import progress, say
+from medseg_diff.datasets.layouts import Case, Dataset, digest, read_dataset, split, survey
 from medseg_diff.ensemble import agreement
 from medseg_diff.errors import UserError
 from medseg_diff.files import replacing
@@ -31,7 +33,7 @@ def evaluate_model(
     seed: int = 0,
     preview: Path | None = None,
 ) -> dict[str, Any]:
-    """Segments every case as `segment` does and scores the masks; of several raters each counts.
+    """Segments every case by the code of `segment`, case i with seed + i, and scores the masks; each rater counts.
 
     `mean` gains coverage90/LABEL, the share of reference volumes inside the reported interval, and agreement/LABEL,
     where the model draws samples. `preview` receives a picture of the first case.
@@ -120,26 +122,35 @@ def run_evaluation(
 ) -> dict[str, Any]:
     """Evaluates a model on (data set, split), or (predictions, references) without one; writes and tracks scores."""
     parameters: dict[str, Any]
+    which, text = "val", ""
     if model is None:
         predictions, references = map(Path, sources)
         summary = evaluate_folders(predictions, references)
         parameters, tags, pictures = {"predictions": predictions.name, "references": references.name}, {}, []
-        tracking, name = Tracking(), f"evaluate {predictions.name}"
+        experiment, name = Tracking().experiment, f"evaluate {predictions.name}"
     else:
         root, which = Path(sources[0]), str(sources[1])
         dataset = read_dataset(root)
-        cases = choose_cases(dataset, model, which)
+        cases, found = choose_cases(dataset, model, which), digest(dataset)
+        if which != "all" and found != model.about.dataset.get("dataset_digest"):
+            say(f"warning: {root} is not what the model was trained on as it is now: it may have seen cases of {which}")
         pictures = [out / "preview.png"]
         summary = evaluate_model(model, cases, samples=samples, steps=steps, seed=seed, preview=pictures[0])
         options = {"data": root.name, "split": which, "samples": samples, "steps": steps, "seed": seed}
         parameters = flatten({"evaluate": options, **plain(model.about.config)})
-        tags = {"model_digest": model.digest, "dataset": dataset.name, "dataset_digest": digest(dataset)}
-        tracking, name = model.about.config.tracking, f"evaluate {model.path.parent.name}"
+        tags = {"model_digest": model.digest, "dataset": dataset.name, "dataset_digest": found}
+        text = yaml.safe_dump(plain(model.about.config), sort_keys=False)
+        experiment, name = model.about.config.tracking.experiment, f"evaluate {model.path.parent.name}"
     paths = write_summary(summary, out)
-    tracker = start_run(uri or tracking.uri, tracking.experiment, name, parameters, tags)
-    tracker.log(logged(summary), 0)
+    tracker = start_run(
+        uri or os.environ.get("MLFLOW_TRACKING_URI") or Tracking().uri, experiment, name, parameters, tags
+    )
+    tracker.log(logged(summary, which), 0)
     for path in [*paths, *pictures]:
         tracker.artifact(path)
+    if model is not None:
+        tracker.text("config.yaml", text)
+        tracker.artifact(model.path)
     tracker.finish(ok=True)
     return summary
 
@@ -159,7 +170,7 @@ def write_summary(summary: dict[str, Any], out: Path) -> list[Path]:
 
 
 def logged(summary: dict[str, Any], prefix: str = "val") -> dict[str, float]:
-    """The means that are defined, as metrics: val/dice, val/dice/LABEL, ..."""
+    """The means that are defined, as metrics of a split: val/dice, val/dice/LABEL, ..."""
     return {f"{prefix}/{name}": float(value) for name, value in summary["mean"].items() if value is not None}
 
 
@@ -203,6 +214,6 @@ def _names(references: Path, found: set[int]) -> dict[int, str]:
     values = sorted(found - {0})
     for folder in (references, references.parent):
         if (folder / "dataset.json").is_file():
-            known = read_dataset(folder).labels
+            known = survey(folder)[0].labels
             return {0: "background"} | {value: known.get(value, str(value)) for value in values}
     return {0: "background"} | {value: str(value) for value in values or [1]}

@@ -1,6 +1,7 @@
 """Experiments in MLflow: the parameters, metrics and files of a run, kept so that runs compare.
 
-Tracking never stops the work. When the store fails, one warning is logged and the rest of the run goes untracked.
+Tracking never stops the work. When the store fails, one warning is logged, metrics are kept and tried again, and after
+three failures in a row the rest of the run goes untracked.
 A run records versions and the kind of machine, but no user, host or command.
 """
 
@@ -23,6 +24,7 @@ _LOGGER = logging.getLogger(__name__)
 
 _FLUSH_EVERY_S = 5
 _METRICS_IN_BATCH = 500  # MLflow takes 1000
+_MOST_FAILURES = 3  # in a row: a store that is busy for a moment loses nothing, one that is dead costs no more time
 _PARAMETERS_IN_BATCH = 100  # MLflow's limit
 
 
@@ -32,6 +34,7 @@ class Tracker:
     def __init__(self, client: Any, run_id: str | None) -> None:
         self.run_id = run_id
         self._client = client
+        self._failures = 0
         self._pending: list[tuple[str, float, int, int]] = []
         self._flushed_s = time.monotonic()
 
@@ -48,6 +51,10 @@ class Tracker:
         """Copy a file, or a folder of files, to the run's artifacts."""
         self._attempt(lambda: self._client.log_artifact(self.run_id, str(path), folder))
 
+    def text(self, name: str, content: str) -> None:
+        """Keep a text among the run's artifacts."""
+        self._attempt(lambda: self._client.log_text(self.run_id, content, name))
+
     def finish(self, ok: bool) -> None:
         """Send what is pending and close the run, as finished or as failed."""
         self._attempt(self._flush)
@@ -57,19 +64,24 @@ class Tracker:
     def _flush(self) -> None:
         from mlflow.entities import Metric
 
+        self._flushed_s = time.monotonic()
         for start in range(0, len(self._pending), _METRICS_IN_BATCH):
             batch = [Metric(*metric) for metric in self._pending[start : start + _METRICS_IN_BATCH]]
             self._client.log_batch(self.run_id, metrics=batch)
-        self._pending, self._flushed_s = [], time.monotonic()
+        self._pending = []
 
     def _attempt(self, action: Callable[[], None]) -> None:
         if self._client is None:
             return
         try:
             action()
+            self._failures = 0
         except Exception as error:
-            self._client = None
-            _warn(error)
+            self._failures += 1
+            if self._failures == 1:
+                _warn(error)
+            if self._failures == _MOST_FAILURES:
+                self._client = None
 
 
 def start_run(
@@ -197,4 +209,6 @@ def _create_database(path: Path) -> None:
 
 
 def _warn(error: Exception) -> None:
-    _LOGGER.warning("MLflow failed, so this run goes on untracked (see tracking.uri). %s", reason(error))
+    _LOGGER.warning(
+        "MLflow failed, and the run goes on; its own files keep its scores (see tracking.uri). %s", reason(error)
+    )

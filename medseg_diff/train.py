@@ -3,7 +3,8 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 import yaml
 
-from medseg_diff.checkpoint import FINISHED, Description, save_model
-from medseg_diff.config import Config, flatten, parse_config, plain
+from medseg_diff.checkpoint import FINISHED, Description, describe, save_model
+from medseg_diff.config import Config, flatten, plain
 from medseg_diff.console import progress, say
 from medseg_diff.datasets.cache import Volume, load_volumes
 from medseg_diff.datasets.layouts import Case, Dataset, digest, read_dataset, split
@@ -21,11 +22,10 @@ from medseg_diff.datasets.pipeline import preprocessing
 from medseg_diff.errors import UserError
 from medseg_diff.figures import draw_curves
 from medseg_diff.files import owned, replacing
-from medseg_diff.scans.geometry import ras_spacing
-from medseg_diff.scans.read import read_scan
-from medseg_diff.tracking import start_run
+from medseg_diff.tracking import Tracker, start_run
 from medseg_diff.training.history import History
 from medseg_diff.training.interrupt import Interrupt
+from medseg_diff.training.settings import resolve, same_run, settle, without_paths
 from medseg_diff.training.state import State, begin
 from medseg_diff.training.step import held_out_loss, set_learning_rate, take_step
 from medseg_diff.training.validation import validate
@@ -33,55 +33,48 @@ from medseg_diff.training.validation import validate
 LOG_EVERY = 20
 VALIDATION_BATCHES = 8
 CURVES = ("train/loss", "val/loss", "val/dice")
-MAY_CHANGE = (
-    "train.steps", "train.max_minutes", "train.checkpoint_every", "tracking.uri", "tracking.experiment", "data.cache",
-)  # fmt: skip
-"""Keys that may differ between two calls of the same run."""
 
 
 def train(config: Config, folder: Path, device: torch.device, *, fresh: bool = False) -> dict[str, Any]:
-    """Trains into `folder` and returns the scores of the last validation. Raises UserError."""
+    """Trains into `folder` and returns the scores of the best model. Raises UserError."""
     dataset, training, validation = plan(config)
     with owned(folder):
         if fresh:
             _clear(folder)
+        config = settle(folder, config, training, len(dataset.channels))
         if (folder / FINISHED).exists():
             say(f"{folder} is finished already; --fresh starts again, --name trains beside it")
             return json.loads((folder / FINISHED).read_text())
-        config = _settle(folder, config, training, len(dataset.channels))
         budget, values = config.train, list(dataset.labels)
-        with progress("preparing volumes", len(training) + len(validation)) as advance:
-            volumes = load_volumes(
-                [*training, *validation],
-                preprocessing(config.data),
-                values=values,
-                channels=len(dataset.channels),
-                folder=config.data.cache,
-                progress=lambda _: advance(),
-            )
+        volumes = _prepared((*training, *validation), config, values, len(dataset.channels))
         held_out, volumes = volumes[len(training) :], _resident(volumes[: len(training)], device)
         state = begin(config, len(dataset.channels), len(values), device)
         history = History(folder / "metrics.csv")
+        tags = {"task": config.task, "dataset": dataset.name, "dataset_digest": digest(dataset)}
         if (folder / "state.pt").exists():
             state.load(folder / "state.pt", device)
+            if state.dataset_digest != tags["dataset_digest"]:
+                advice = (
+                    "Bring the data set back to what it was, train under another --name, or start again with --fresh."
+                )
+                raise UserError(config.data.root, f"the data set changed since {folder} began", advice)
             history.forget_after(state.step)
             say(f"going on with {folder} at step {state.step}")
 
-        tags = {"task": config.task, "dataset": dataset.name, "dataset_digest": digest(dataset)}
         tracking = config.tracking
-        parameters = flatten(plain(_without_paths(config)))
+        parameters = flatten(plain(without_paths(config)))
         tracker = start_run(tracking.uri, tracking.experiment, folder.name, parameters, tags, state.tracking_id)
-        state.tracking_id = tracker.run_id
-        tracker.artifact(folder / "config.yaml")
+        tracker.text("config.yaml", yaml.safe_dump(plain(without_paths(config)), sort_keys=False))
+        state.tracking_id, state.dataset_digest = tracker.run_id, tags["dataset_digest"]
+        state.save(folder / "state.pt")
 
-        losses: list[float] = []
-        with Interrupt() as interrupt, progress("training", 1.0) as advance:
+        with _finishing(tracker), Interrupt() as interrupt, progress("training", 1.0) as advance:
             while (spent := state.spent(budget.steps, budget.max_minutes)) < 1 or state.validated < budget.validations:
                 if spent >= (state.validated + 1) / budget.validations:
                     state.save(folder / "state.pt")
                     with interrupt.at_once():
                         found = _validate(state, config, dataset, tags, folder, validation, held_out, device)
-                    state.validated += 1
+                    state.validated = max(state.validated + 1, min(int(spent * budget.validations), budget.validations))
                     history.add(found, state.step)
                     history.save()
                     tracker.log(found, state.step)
@@ -91,30 +84,28 @@ def train(config: Config, folder: Path, device: torch.device, *, fresh: bool = F
                     continue
                 begun = time.monotonic()
                 set_learning_rate(state.optimizer, budget.lr, budget.warmup, spent)
-                losses.append(take_step(state, config, volumes, len(values)))
+                state.recent.append(take_step(state, config, volumes, len(values)))
                 state.step += 1
                 state.elapsed_s += time.monotonic() - begun
                 if state.step % LOG_EVERY == 0:
-                    found = {"train/loss": float(np.nanmean(losses)), "train/lr": state.optimizer.param_groups[0]["lr"]}
+                    found = {
+                        "train/loss": float(np.nanmean(state.recent)),
+                        "train/lr": state.optimizer.param_groups[0]["lr"],
+                    }
                     history.add(found, state.step)
                     tracker.log(found, state.step)
-                    losses.clear()
+                    state.recent.clear()
                 if interrupt.requested or state.step % budget.checkpoint_every == 0:
                     state.save(folder / "state.pt")
                     history.save()
                 if interrupt.requested:
-                    tracker.finish(ok=False)
                     say(f"stopped at step {state.step}; the same command goes on from there")
                     raise SystemExit(128 + interrupt.requested)
                 advance(state.spent(budget.steps, budget.max_minutes) - spent, note=f"step {state.step}")
 
         state.save(folder / "state.pt")
-        summary = {
-            **history.last("val/"),
-            "steps": state.step,
-            "minutes": state.elapsed_s / 60,
-            "skipped": state.skipped,
-        }
+        spent_on = {"steps": state.step, "minutes": state.elapsed_s / 60, "skipped": state.skipped}
+        summary = {**describe(folder / "best.safetensors")[0].scores, **spent_on}
         for path in [folder / "best.safetensors", folder / "metrics.csv", *sorted(folder.glob("*.png"))]:
             tracker.artifact(path)
         tracker.finish(ok=True)
@@ -130,11 +121,8 @@ def rehearse(config: Config, folder: Path, device: torch.device) -> str:
     if folder.exists():
         with owned(folder):
             pass
-    for case in (*training, *validation):
-        read_scan(case.image, channels)
-    config = resolve(config, training, channels)
-    how, cache = preprocessing(config.data), config.data.cache
-    volumes = load_volumes(training[:1], how, values=values, channels=channels, folder=cache)
+    config = same_run(folder / "config.yaml", config) or resolve(config, training, channels)
+    volumes = _prepared((*training, *validation), config, values, channels)[: len(training)]
     take_step(begin(config, channels, len(values), device), config, volumes, len(values))
     say(f"{len(training)} cases to train on, {len(validation)} to validate; one step went through")
     return yaml.safe_dump(plain(config), sort_keys=False)
@@ -151,19 +139,6 @@ def plan(config: Config) -> tuple[Dataset, tuple[Case, ...], tuple[Case, ...]]:
     return dataset, training, validation
 
 
-def resolve(config: Config, training: Sequence[Case], channels: int) -> Config:
-    """The configuration with the spacing filled in: the median over the training cases."""
-    if config.data.spacing_mm is not None:
-        return config
-    found = []
-    with progress("reading spacings", len(training)) as advance:
-        for case in training:
-            found.append(ras_spacing(read_scan(case.image, channels).affine))
-            advance()
-    median = tuple(round(float(length), 4) for length in np.median(found, axis=0))
-    return config.model_copy(update={"data": config.data.model_copy(update={"spacing_mm": median})})
-
-
 def _validate(
     state: State,
     config: Config,
@@ -176,7 +151,7 @@ def _validate(
 ) -> dict[str, float]:
     """Writes `model.safetensors`, judges the file, writes the scores into it, keeps the best as `best.safetensors`."""
     path, weights = folder / "model.safetensors", state.average.state_dict()
-    about = Description(_without_paths(config), dataset.labels, dataset.channels, {}, tags, {"steps": state.step})
+    about = Description(without_paths(config), dataset.labels, dataset.channels, {}, tags, {"steps": state.step})
     save_model(path, weights, about)
     metrics = validate(path, device, cases, held_out, config.seed)
     seeds = [(config.seed, 2**40 + index) for index in range(VALIDATION_BATCHES)]
@@ -191,12 +166,20 @@ def _validate(
     return metrics
 
 
-def _without_paths(config: Config) -> Config:
-    """What goes with a model and to MLflow: the names of folders, and not where they lie."""
-    data = config.data
-    return config.model_copy(
-        update={"data": data.model_copy(update={name: Path(getattr(data, name).name) for name in ("root", "cache")})}
-    )
+def _prepared(cases: Sequence[Case], config: Config, values: list[int], channels: int) -> list[Volume]:
+    how, folder = preprocessing(config.data), config.data.cache
+    with progress("preparing volumes", len(cases)) as advance:
+        return load_volumes(cases, how, values=values, channels=channels, folder=folder, progress=lambda _: advance())
+
+
+@contextmanager
+def _finishing(tracker: Tracker) -> Iterator[None]:
+    """Whatever ends the work early, the run doesn't stay open."""
+    try:
+        yield
+    except BaseException:
+        tracker.finish(ok=False)
+        raise
 
 
 def _resident(volumes: Sequence[Volume], device: torch.device) -> list[Volume]:
@@ -205,27 +188,6 @@ def _resident(volumes: Sequence[Volume], device: torch.device) -> list[Volume]:
     if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
         return list(volumes)
     return [Volume(v.name, v.image.to(device), v.labels.to(device), v.centres) for v in volumes]
-
-
-def _settle(folder: Path, config: Config, training: Sequence[Case], channels: int) -> Config:
-    """The resolved configuration, written into the run or found there; a run goes on only as it began."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        config = resolve(config, training, channels)
-        with replacing(path) as temporary:
-            temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False))
-        return config
-    began = parse_config(yaml.safe_load(path.read_text()), path)
-    if config.data.spacing_mm is None:
-        config = config.model_copy(
-            update={"data": config.data.model_copy(update={"spacing_mm": began.data.spacing_mm})}
-        )
-    old, new = flatten(plain(began)), flatten(plain(config))
-    changed = [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key] and key not in MAY_CHANGE]
-    if changed:
-        what = f"the run began with another configuration ({'; '.join(changed)})"
-        raise UserError(folder, what, "Train under another --name, or start again with --fresh.")
-    return config
 
 
 def _clear(folder: Path) -> None:

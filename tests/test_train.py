@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from medseg_diff.checkpoint import describe
 from medseg_diff.config import Config, parse_config
 from medseg_diff.datasets.phantom import make_phantom
 from medseg_diff.errors import UserError
-from medseg_diff.train import rehearse, resolve, train
+from medseg_diff.train import rehearse, train
 from medseg_diff.training import step as stepping
+from medseg_diff.training.settings import resolve
 
 CPU = torch.device("cpu")
 
@@ -73,7 +75,9 @@ def test_leaves_what_is_promised(straight: Path):
     about, _ = describe(straight / "model.safetensors")
     assert about.trained == {"steps": 6}
     assert about.config.data.root == Path("phantom")
-    assert about.scores["val/dice"] == json.loads((straight / "summary.json").read_text())["val/dice"]
+    best, _ = describe(straight / "best.safetensors")
+    assert best.scores["val/dice"] == json.loads((straight / "summary.json").read_text())["val/dice"]
+    assert about.config.tracking.uri == "sqlite:///mlflow.db", "a model names nobody's store"
     assert torch.load(straight / "state.pt", weights_only=True)["counters"]["step"] == 6
 
 
@@ -164,6 +168,41 @@ def test_another_configuration_is_refused_with_the_difference(straight: Path, da
         train(settings(data, folder, lr=0.1), folder, CPU)
 
 
+def test_a_finished_run_does_not_answer_for_another_configuration(straight: Path, data: Path):
+    with pytest.raises(UserError, match=r"train\.lr"):
+        train(settings(data, straight, lr=0.1), straight, CPU)
+
+
+def test_a_data_set_that_changed_is_not_trained_on(data: Path, tmp_path: Path):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    train(settings(copy, tmp_path, steps=2, validations=1), tmp_path / "run", CPU)
+    (tmp_path / "run/summary.json").unlink()
+    first = next((copy / "labelsTr").iterdir())
+    first.write_bytes(next(p for p in (copy / "labelsTr").iterdir() if p != first).read_bytes())
+    description = json.loads((copy / "dataset.json").read_text())
+    description["training"] = description["training"][1:]
+    (copy / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="changed since"):
+        train(settings(copy, tmp_path, steps=3, validations=1), tmp_path / "run", CPU)
+
+
+def test_an_error_closes_the_tracked_run(data: Path, tmp_path: Path, monkeypatch):
+    from medseg_diff.compare import compare
+
+    values = settings(data, tmp_path).model_dump(mode="json")
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    values["tracking"] = {"uri": store, "experiment": "broken"}
+
+    def breaking(*_):
+        raise ConnectionAbortedError
+
+    monkeypatch.setattr(training, "take_step", breaking)
+    with pytest.raises(ConnectionAbortedError):
+        train(parse_config(values, "test"), tmp_path / "run", CPU)
+    assert [row["status"] for row in compare(store, None)] == ["failed"]
+
+
 def test_a_longer_budget_goes_on(straight: Path, data: Path, tmp_path: Path):
     folder = tmp_path / "run"
     train(settings(data, folder, steps=2, validations=1), folder, CPU)
@@ -202,6 +241,15 @@ def test_a_rehearsal_writes_no_run(data: Path, tmp_path: Path):
     text = rehearse(settings(data, tmp_path), tmp_path / "runs/run", CPU)
     assert "spacing_mm" in text
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_rehearsal_reads_every_label(data: Path, tmp_path: Path):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    last = sorted((copy / "labelsTr").iterdir())[-1]
+    last.write_bytes(last.read_bytes()[:100])
+    with pytest.raises(UserError, match=last.name):
+        rehearse(settings(copy, tmp_path), tmp_path / "runs/run", CPU)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_
 from skimage.measure import find_contours
 
 from medseg_diff import __version__
+from medseg_diff.files import replacing
 from medseg_diff.scans.dicom import muted
 from medseg_diff.scans.itk import LPS_TO_RAS
 from medseg_diff.scans.read import Scan

@@ -1,7 +1,7 @@
 """All that a run needs to go on. The random numbers of a step come from the seed and the step alone."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,7 +16,11 @@ PARTS = ("network", "average", "optimizer", "score")
 
 @dataclass
 class State:
-    """A run between two steps: `average` is the moving average of the weights, `best` the best validation so far."""
+    """A run between two steps.
+
+    `average` is the moving average of the weights, `best` the best validation so far, `recent` the losses since the
+    last entry in the history.
+    """
 
     network: nn.Module
     average: nn.Module
@@ -28,6 +32,8 @@ class State:
     best: float = -float("inf")
     skipped: int = 0
     tracking_id: str | None = None
+    dataset_digest: str = ""
+    recent: list[float] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Writes it whole or not at all."""

@@ -23,7 +23,7 @@ MOST_SKIPPED = 50
 
 
 def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: int) -> float:
-    """One step of the optimizer and its loss; nan where loss or gradient is not finite: such a step changes nothing.
+    """One step of the optimizer and its loss; nan where loss or gradient is not finite: such a step changes no weight.
 
     Raises UserError after MOST_SKIPPED of these.
     """
@@ -54,7 +54,7 @@ def loss_of(
 ) -> Float[Tensor, ""]:
     """The loss of one random batch, a function of the weights and of `seed`."""
     diffusion, device = config.diffusion, next(network.parameters()).device
-    image, labels, generator = _batch(config, volumes, seed, device)
+    image, labels, generator = _batch(config, volumes, seed, device, config.train.augment)
     levels = draw_levels(len(image), diffusion.train_steps, diffusion.pure_noise, generator)
     abar = alpha_bar(diffusion.schedule, levels)
     with autocast(device, _precision(config, device)):
@@ -81,7 +81,7 @@ def loss_of(
 def held_out_loss(network: Any, config: Config, volumes: Sequence[Volume], seed: tuple[int, int]) -> Float[Tensor, ""]:
     """What validations compare, on one random batch: cross-entropy of the mean head, or the error of the velocity."""
     diffusion, device = config.diffusion, next(network.parameters()).device
-    image, labels, generator = _batch(config, volumes, seed, device)
+    image, labels, generator = _batch(config, volumes, seed, device, augmented=False)
     with autocast(device, _precision(config, device)), torch.no_grad():
         if config.task == "segment":
             return cross_entropy(network.encode(image).mean_logits, labels)
@@ -90,10 +90,10 @@ def held_out_loss(network: Any, config: Config, volumes: Sequence[Volume], seed:
 
 
 def _batch(
-    config: Config, volumes: Sequence[Volume], seed: tuple[int, int], device: torch.device
+    config: Config, volumes: Sequence[Volume], seed: tuple[int, int], device: torch.device, augmented: bool
 ) -> tuple[Float[Tensor, "batch channels *space"], Int64[Tensor, "batch *space"], torch.Generator]:
-    """Crops on the device, augmented, and the generator that goes on from there."""
-    data, augmented = config.data, config.train.augment
+    """Crops on the device, and the generator that goes on from there."""
+    data = config.data
     rng = np.random.default_rng(seed)
     generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
     image, labels = draw_batch(
