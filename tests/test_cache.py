@@ -1,4 +1,6 @@
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +99,33 @@ def test_a_changed_transform_is_noticed(case: Case, monkeypatch: pytest.MonkeyPa
     seen.add(frozenset(cached(case)))
     assert len(seen) == 6
     assert sorted(map(len, seen)) == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_changed_program_is_noticed(tmp_path: Path):
+    package = shutil.copytree(Path(cache.__file__).parents[1], tmp_path / "medseg_diff")
+    codes = {cache.CODE, cache.code_digest(package)}
+    assert len(codes) == 1
+    for source in ("scans/nifti.py", "scans/geometry.py", "datasets/pipeline.py", "datasets/cache.py"):
+        with (package / source).open("a") as file:
+            file.write("# mended")
+        codes.add(cache.code_digest(package))
+    assert len(codes) == 5
+
+
+def test_another_version_is_another_program(monkeypatch: pytest.MonkeyPatch):
+    package = Path(cache.__file__).parents[1]
+    monkeypatch.setattr("medseg_diff.__version__", "0.0.7")
+    assert cache.code_digest(package) != cache.CODE
+
+
+def test_more_files_than_a_process_may_open_at_first(case: Case):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    folder = case.image.parent / "cache"
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        assert len(load_volumes([case] * 130, MR, values=VALUES, channels=1, folder=folder)) == 130
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_raters_are_kept_apart_and_centres_come_from_all(tmp_path: Path, case: Case):

@@ -5,8 +5,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medseg_diff.datasets.check import check, fingerprint
-from medseg_diff.datasets.layouts import read_dataset
+from medseg_diff.datasets import check as module
+from medseg_diff.datasets.check import check
 from medseg_diff.datasets.phantom import make_phantom
 
 
@@ -38,6 +38,10 @@ def edit(root, change):
     path.write_text(json.dumps(description))
 
 
+def problems_of(path):
+    return check(path)[0]
+
+
 def only(problems, level):
     """The one problem there is, as text."""
     assert [problem.level for problem in problems] == [level], problems
@@ -46,16 +50,16 @@ def only(problems, level):
 
 
 def test_a_sound_set_has_no_problem(sound):
-    assert check(sound) == []
+    assert problems_of(sound) == []
 
 
 def test_the_real_set_has_no_error(hippocampus):
-    assert [problem for problem in check(hippocampus) if problem.level == "error"] == []
+    assert [problem for problem in problems_of(hippocampus) if problem.level == "error"] == []
 
 
 def test_shape_names_both(root):
     path = change_label(root, lambda a: a[:-1])
-    says = only(check(root), "error")
+    says = only(problems_of(root), "error")
     assert str(path) in says
     assert "imagesTr/phantom_001.nii.gz" in says
     x, y, z = nib.load(root / "imagesTr/phantom_001.nii.gz").shape
@@ -67,7 +71,7 @@ def test_shape_names_both(root):
 def test_affine_within_a_micrometre(root, shift_mm, refused):
     shift = nib.affines.from_matvec(np.eye(3), [shift_mm, 0, 0])
     change_label(root, lambda a: a, affine=lambda affine: shift @ affine)
-    problems = check(root)
+    problems = problems_of(root)
     assert bool(problems) is refused
     if refused:
         assert "affine differs" in only(problems, "error")
@@ -79,23 +83,23 @@ def test_undeclared_value_names_value_and_file(root):
         return array
 
     path = change_label(root, put)
-    says = only(check(root), "error")
+    says = only(problems_of(root), "error")
     assert str(path) in says
     assert says.endswith("value(s) 9")
 
 
 def test_fractions(root):
     path = change_label(root, lambda a: a * 0.5, dtype=np.float32)
-    says = only(check(root), "error")
+    says = only(problems_of(root), "error")
     assert str(path) in says
     assert "fractions" in says
 
 
 def test_empty_and_full_labels_are_warnings(root):
     change_label(root, np.zeros_like)
-    assert "empty" in only(check(root), "warning")
+    assert "empty" in only(problems_of(root), "warning")
     change_label(root, np.ones_like)
-    assert "every voxel" in only(check(root), "warning")
+    assert "every voxel" in only(problems_of(root), "warning")
 
 
 def test_files_without_partner(root):
@@ -103,7 +107,7 @@ def test_files_without_partner(root):
     shutil.copy(root / "labelsTr/phantom_000.nii.gz", root / "labelsTr/lost.nii.gz")
     (root / "imagesTr/._phantom_000.nii.gz").write_bytes(b"macOS")
     (root / "imagesTr/notes.txt").write_text("not a scan")
-    image, label = check(root)
+    image, label = problems_of(root)
     assert (image.level, label.level) == ("error", "error")
     assert (image.where, image.what) == (str(root / "imagesTr/stray.nii.gz"), "it is an image that no case lists")
     assert (label.where, label.what) == (str(root / "labelsTr/lost.nii.gz"), "it is a label that no case lists")
@@ -111,7 +115,7 @@ def test_files_without_partner(root):
 
 def test_a_case_without_label(root):
     edit(root, lambda d: d["training"][0].pop("label"))
-    assert {problem.what for problem in check(root)} == {"it has no label", "it is a label that no case lists"}
+    assert {problem.what for problem in problems_of(root)} == {"it has no label", "it is a label that no case lists"}
 
 
 def test_one_scan_under_two_names_also_when_compressed_anew(root):
@@ -121,12 +125,12 @@ def test_one_scan_under_two_names_also_when_compressed_anew(root):
         root,
         lambda d: d["training"].append({"image": "imagesTr/twin.nii", "label": "labelsTr/phantom_000.nii.gz"}),
     )
-    assert "phantom_000, twin" in only(check(root), "error")
+    assert "phantom_000, twin" in only(problems_of(root), "error")
 
 
 def test_a_class_that_never_appears(root):
     edit(root, lambda d: d["labels"].update({"7": "spleen"}))
-    assert "label 7 (spleen)" in only(check(root), "warning")
+    assert "label 7 (spleen)" in only(problems_of(root), "warning")
 
 
 def test_an_unusual_spacing(root):
@@ -134,7 +138,7 @@ def test_an_unusual_spacing(root):
         path = root / folder / "phantom_002.nii.gz"
         old = nib.load(path)
         nib.save(nib.Nifti1Image(np.asarray(old.dataobj), old.affine @ np.diag([10, 10, 10, 1])), path)
-    assert "phantom_002" in only(check(root), "warning")
+    assert "phantom_002" in only(problems_of(root), "warning")
 
 
 def test_everything_at_once(root):
@@ -145,7 +149,7 @@ def test_everything_at_once(root):
     change_label(root, lambda a: a * 0 + 8, case=0)
     change_label(root, lambda a: a[1:], case=1)
     (root / "labelsTr/phantom_002.nii.gz").write_bytes(b"junk")
-    problems = check(root)
+    problems = problems_of(root)
     says = " ".join(f"{problem.where}: {problem.what}" for problem in problems)
     for part in (
         "leads outside", "gone.nii", "imagesTr/phantom_000", "value(s) 8", "its shape is", "labelsTr/phantom_002",
@@ -155,42 +159,55 @@ def test_everything_at_once(root):
 
 def test_a_set_without_description(root):
     (root / "dataset.json").unlink()
-    assert "no dataset.json" in only(check(root), "error")
+    assert "no dataset.json" in only(problems_of(root), "error")
 
 
 def test_single_scans(sound, tmp_path):
     good = sound / "imagesTr/phantom_000.nii.gz"
-    assert check(good) == []
+    assert problems_of(good) == []
     (tmp_path / "cut.nii.gz").write_bytes(good.read_bytes()[:5000])
     (tmp_path / "none.nii.gz").write_bytes(b"")
-    assert [problem.where.split("/")[-1] for problem in check(tmp_path)] == ["cut.nii.gz", "none.nii.gz"]
-    assert "absent.nii" in only(check(tmp_path / "absent.nii"), "error")
+    assert [problem.where.split("/")[-1] for problem in problems_of(tmp_path)] == ["cut.nii.gz", "none.nii.gz"]
+    assert "absent.nii" in only(problems_of(tmp_path / "absent.nii"), "error")
 
 
 def test_a_scan_that_had_to_be_mended_is_a_warning(tmp_path):
     array = np.random.default_rng(0).normal(size=(8, 8, 8)).astype(np.float32)
     array[0, 0, 0] = np.nan
     nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / "nan.nii.gz")
-    assert "NaN" in only(check(tmp_path / "nan.nii.gz"), "warning")
+    assert "NaN" in only(problems_of(tmp_path / "nan.nii.gz"), "warning")
 
 
 def test_a_dicom_series(dicom):
     series = next(folder for folder in sorted(dicom.iterdir()) if folder.is_dir())
-    assert [problem for problem in check(series) if problem.level == "error"] == []
+    assert [problem for problem in problems_of(series) if problem.level == "error"] == []
 
 
 def test_fingerprint_against_hand_counts(root):
-    image = nib.Nifti1Image(np.full((4, 5, 6), 7, np.int16), np.diag([2.0, 1.0, 1.0, 1.0]))
+    affine = np.diag([2.0, 1.0, 1.0, 1.0])
     drawn = np.zeros((4, 5, 6), np.uint8)
     drawn[:2, :5, :1] = 1
     for i in range(3):
-        nib.save(image, root / f"imagesTr/phantom_{i:03}.nii.gz")
-        nib.save(nib.Nifti1Image(drawn, image.affine), root / f"labelsTr/phantom_{i:03}.nii.gz")
-    found = fingerprint(read_dataset(root))
+        image = np.full((4, 5, 6), 6 + i, np.int16)
+        nib.save(nib.Nifti1Image(image, affine), root / f"imagesTr/phantom_{i:03}.nii.gz")
+        nib.save(nib.Nifti1Image(drawn, affine), root / f"labelsTr/phantom_{i:03}.nii.gz")
+    found = check(root)[1]
     assert (found["cases"], found["raters"]) == (3, [1])
     assert found["shape"]["median"] == [4, 5, 6]
     assert found["spacing_mm"]["max"] == pytest.approx([2, 1, 1])
-    assert found["intensity_percentile"]["50"] == {"median": 7, "min": 7, "max": 7}
+    assert found["intensity_percentile"]["50"] == {"median": 7, "min": 6, "max": 8}
     assert found["volume_ml"]["organ"]["median"] == pytest.approx(10 * 2 / 1000)
     assert (found["volume_ml"]["organ"]["files"], found["volume_ml"]["lesion"]) == (3, {"files": 0})
     assert json.dumps(found)
+
+
+def test_contents_are_told_of_sound_sets_alone_and_read_once(root, monkeypatch):
+    read = []
+    for name in ("read_scan", "read_label_map"):
+        reader = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path, *rest, reader=reader: read.append(path) or reader(path, *rest))
+    assert check(root)[1]["cases"] == 3
+    assert len(read) == len(set(read)) == 6
+    (root / "labelsTr/phantom_002.nii.gz").write_bytes(b"junk")
+    assert check(root)[1] is None
+    assert check(root / "imagesTr/phantom_000.nii.gz") == ([], None)

@@ -94,11 +94,19 @@ def test_hidden_files_are_ignored(tmp_path):
         ({"labels": {"background": 0, "bone": 1, "joint": 1}}, "same value"),
         ({"labels": {"background": 0, "bone": [1, 2]}}, "does not pair"),
         ({"labels": {"background": 0, "bone": 1.5}}, "does not pair"),
+        ({"labels": {"background": 0, "bone": -1}}, "a label has the value -1"),
+        ({"labels": {"background": 0, "bone": 32768}}, "a label has the value 32768"),
         ({"modality": {"1": "CT"}}, "does not number the channels"),
     ],
 )
 def test_a_wrong_description_is_refused(tmp_path, changes, says):
     assert says in refusal(write(tmp_path, **changes))
+
+
+def test_a_case_has_the_name_of_its_outputs(tmp_path):
+    write(tmp_path, training=[{"image": "imagesTr/K9.NII.GZ"}])
+    (tmp_path / "imagesTr/K9.NII.GZ").touch()
+    assert read_dataset(tmp_path).cases[0].name == "K9"
 
 
 def test_missing_files_are_counted_and_named(tmp_path):

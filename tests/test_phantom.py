@@ -146,6 +146,33 @@ def test_a_full_folder_is_left_alone(tmp_path):
         make_phantom(tmp_path / "thesis.txt", cases=1, modality="ct", raters=1, seed=0)
 
 
+def test_an_interrupted_set_leaves_nothing_behind(tmp_path, monkeypatch):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    written = []
+
+    def interrupt(*arguments):
+        written.append(arguments)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("medseg_diff.datasets.phantom.write_volume", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make_phantom(folder, cases=2, modality="ct", raters=1, seed=0)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert list(folder.iterdir()) == []
+    make_phantom(folder, cases=1, modality="ct", raters=1, seed=0)
+    assert len(read_dataset(folder).cases) == 1
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/set: it cannot be written \(Not a directory\)"):
+        make_phantom(tmp_path / "file/set", cases=1, modality="ct", raters=1, seed=0)
+
+
 def test_distances_are_in_mm():
     points = np.array([[10, 0, 0], [0, 0, 0], [0, 0, 7], [4, 3, 0]], np.float32).T.reshape(3, 4, 1, 1)
     ball = Ellipsoid(np.zeros(3), np.full(3, 5.0))

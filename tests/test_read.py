@@ -342,6 +342,8 @@ def test_label_maps_are_whole_numbers(tmp_path):
     for name, bad in {"half": labels + 0.5, "nan": labels * np.nan, "huge": labels + 1e12}.items():
         with pytest.raises(UserError, match=f"{name}.nii: it is no label map"):
             read_label_map(write(tmp_path, f"{name}.nii", nifti(bad.astype(np.float64))))
+    with pytest.raises(UserError, match=r"minus.nii: it holds the label value -1\..* positive"):
+        read_label_map(write(tmp_path, "minus.nii", nifti((labels - 1).astype(np.int16))))
     with pytest.raises(UserError, match="2 volumes"):
         read_label_map(write(tmp_path, "frames.nii", nifti(np.stack([RAMP, RAMP], -1))))
 
@@ -366,6 +368,16 @@ def test_a_folder_stands_for_its_scans(tmp_path):
     write(tmp_path, "a.nrrd", b"")
     with pytest.raises(UserError, match="would overwrite"):
         find_scans([tmp_path])
+
+
+def test_a_stray_dicom_file_hides_no_scan(tmp_path):
+    """Results lie beside each other as knee_seg.nii.gz and knee_seg.dcm; a series is a folder of DICOM files alone."""
+    for folder in ("series", "results"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path, f"{folder}/knee_seg.dcm", bytes(128) + b"DICM")
+    scan = write(tmp_path, "results/knee_seg.nii.gz", b"")
+    assert find_scans([tmp_path / "results"]) == [scan]
+    assert find_scans([tmp_path / "series"]) == find_scans([tmp_path]) == [tmp_path / "series"]
 
 
 def test_a_real_scan_reads_as_nibabel_reads_it(hippocampus):

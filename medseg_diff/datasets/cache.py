@@ -5,6 +5,7 @@ MONAI's PersistentDataset is not used: it pickles, and it serves stale volumes a
 
 import hashlib
 import json
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,20 +17,28 @@ from jaxtyping import Float32, UInt8
 from monai.data import MetaTensor
 from torch import Tensor
 
-from medseg_diff.datasets import pipeline
+import medseg_diff
 from medseg_diff.datasets.layouts import Case
 from medseg_diff.datasets.pipeline import Preprocessing, label_keys, load, preparing
 from medseg_diff.errors import UserError
 from medseg_diff.files import replacing
-
-CODE = hashlib.sha256(Path(pipeline.__file__).read_bytes() + monai.__version__.encode()).hexdigest()
-"""What prepared a volume; another program prepares it anew."""
 
 MOST_CLASSES = 256
 """A voxel's label takes a byte."""
 
 SEEDS_PER_CLASS = 4096
 """Labelled voxels of a class that are remembered as centres for crops."""
+
+
+def code_digest(package: Path) -> str:
+    """SHA-256 of the program that prepares a volume: scans, transforms, this module, and the versions behind them."""
+    sources = [package / "datasets/pipeline.py", package / "datasets/cache.py", *sorted(package.glob("scans/*.py"))]
+    versions = f"{medseg_diff.__version__} {monai.__version__}"
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources) + versions.encode()).hexdigest()
+
+
+CODE = code_digest(Path(medseg_diff.__file__).parent)
+"""What prepared a volume; another program prepares it anew."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ def load_volumes(
     if len(values) > MOST_CLASSES:
         what = f"{len(values)} labels are declared, and {MOST_CLASSES} can be learned with the background"
         raise UserError("labels", what, "Merge some of them.")
+    _allow_open_files(2 * len(cases))
     volumes = []
     for done, case in enumerate(cases, start=1):
         stem = folder / _key(case, how, values, channels)
@@ -72,6 +82,12 @@ def load_volumes(
         )
         progress(done)
     return volumes
+
+
+def _allow_open_files(more: int) -> None:
+    """A mapped array keeps its file open, and many systems let a process open 256 or 1024 until it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + more, hard), hard))
 
 
 def _prepare(case: Case, how: Preprocessing, values: Sequence[int], channels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from medseg_diff.errors import UserError
+from medseg_diff.scans.read import scan_name
 
 SEE = "data/README.md shows the layout."
+HIGHEST_LABEL = 2**15 - 1  # masks are written as int16
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,6 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def case_name(image: Path) -> str:
-    """imagesTr/knee.nii.gz -> knee."""
-    return Path(image.name.removesuffix(".gz")).stem
-
-
 def visible(files: Iterable[Path]) -> list[Path]:
     """Sorted, without the ._x that macOS leaves in archives and other hidden files."""
     return sorted(path for path in files if not _hidden(path))
@@ -136,6 +133,10 @@ def _labels(where: Path, description: dict[str, Any]) -> dict[int, str]:
         raise UserError(where, f"'labels' does not pair names and whole numbers: {given}", SEE) from error
     if len(labels) < len(given):
         raise UserError(where, f"two labels have the same value: {given}", "Give every label a value of its own.")
+    outside = [value for value in labels if not 0 <= value <= HIGHEST_LABEL]
+    if outside:
+        what = f"a label has the value {outside[0]}, and labels lie from 0 to {HIGHEST_LABEL}"
+        raise UserError(where, what, "Give it another value, here and in the label files.")
     if 0 not in labels:
         raise UserError(where, "'labels' has no background", "Add the background to 'labels', as 0.")
     return dict(sorted(labels.items()))
@@ -161,7 +162,7 @@ def _case(root: Path, entry: Any) -> Case:
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise UserError(where, f"the 'label' of {entry['image']} is no path and no list of paths: {given}", SEE)
     image = _inside(root, entry["image"])
-    return Case(case_name(image), image, tuple(_inside(root, label) for label in labels))
+    return Case(scan_name(image), image, tuple(_inside(root, label) for label in labels))
 
 
 def _nnunet_cases(root: Path, ending: str, channels: tuple[str, ...]) -> list[Case]:

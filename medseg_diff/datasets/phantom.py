@@ -1,6 +1,8 @@
 """Synthetic labelled scans: an abdomen as CT or MR shows it, for a first training run and for tests."""
 
 import json
+import secrets
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -10,6 +12,7 @@ from jaxtyping import Float, Float32, UInt8
 from scipy.ndimage import gaussian_filter1d
 from scipy.spatial.transform import Rotation
 
+from medseg_diff.console import progress
 from medseg_diff.datasets.anatomy import Structure, bounds, draw_body, signed_distance
 from medseg_diff.errors import UserError
 from medseg_diff.scans.geometry import reoriented
@@ -42,33 +45,34 @@ def draw_case(
 
 
 def make_phantom(folder: Path, cases: int, modality: Modality, raters: int, seed: int) -> None:
-    """Write a data set in the Decathlon layout; dataset.json comes last, so that a half-made set is not taken for one.
+    """Write a data set in the Decathlon layout, whole or not at all.
 
     Case i depends on seed and i alone. The grids differ in shape, spacing and axis order, and some are oblique.
-    Raises UserError for a folder that is not empty.
+    Raises UserError for a folder that is not empty or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(folder, "it exists and is not empty", "Name a new folder, or empty this one.")
+    place = folder.resolve()
+    try:
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise UserError(folder, "it exists and is not empty", "Name a new folder, or empty this one.")
+        unfinished = place.with_name(f".{secrets.token_hex(8)}")
+        try:
+            _write_set(unfinished, cases, modality, raters, seed)
+            unfinished.rename(place)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        what = f"it cannot be written ({error.strerror or error})"
+        raise UserError(folder, what, "Free some space, or choose a folder that can be written to.") from error
+
+
+def _write_set(folder: Path, cases: int, modality: Modality, raters: int, seed: int) -> None:
     for name in ("imagesTr", "labelsTr"):
         (folder / name).mkdir(parents=True)
     training = []
-    for i in range(cases):
-        rng = np.random.default_rng([seed, i])
-        shape = (int(rng.integers(44, 53)), int(rng.integers(44, 53)), int(rng.integers(24, 33)))
-        spacing_mm = (0.9, 0.9, float(rng.choice([1.5, 2.0, 3.0])))
-        image, label_maps = _draw(rng, shape, spacing_mm, modality, raters)
-        order, degrees = GRIDS[i % len(GRIDS)]
-        affine = _affine(shape, spacing_mm, degrees)
-        stored = np.round(image).astype(np.int16) if modality == "ct" else image
-        name = f"phantom_{i:03}.nii.gz"
-        labels = [name] if raters == 1 else [f"phantom_{i:03}_rater{r + 1}.nii.gz" for r in range(raters)]
-        files = {folder / "imagesTr" / name: stored}
-        files |= {folder / "labelsTr" / label: label_map for label, label_map in zip(labels, label_maps, strict=True)}
-        for path, volume in files.items():
-            turned, turned_affine = reoriented(volume, affine, order)
-            write_volume(turned[None], turned_affine, path)
-        paths = [f"./labelsTr/{label}" for label in labels]
-        training.append({"image": f"./imagesTr/{name}", "label": paths if raters > 1 else paths[0]})
+    with progress("drawing cases", cases) as advance:
+        for i in range(cases):
+            training.append(_write_case(folder, i, modality, raters, seed))
+            advance()
     description = {
         "name": "Phantom",
         "description": f"Synthetic abdomens, drawn by medseg-diff with seed {seed}",
@@ -80,6 +84,26 @@ def make_phantom(folder: Path, cases: int, modality: Modality, raters: int, seed
         "training": training,
     }
     (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _write_case(folder: Path, i: int, modality: Modality, raters: int, seed: int) -> dict[str, str | list[str]]:
+    """Returns its entry in dataset.json."""
+    rng = np.random.default_rng([seed, i])
+    shape = (int(rng.integers(44, 53)), int(rng.integers(44, 53)), int(rng.integers(24, 33)))
+    spacing_mm = (0.9, 0.9, float(rng.choice([1.5, 2.0, 3.0])))
+    image, label_maps = _draw(rng, shape, spacing_mm, modality, raters)
+    order, degrees = GRIDS[i % len(GRIDS)]
+    affine = _affine(shape, spacing_mm, degrees)
+    stored = np.round(image).astype(np.int16) if modality == "ct" else image
+    name = f"phantom_{i:03}.nii.gz"
+    labels = [name] if raters == 1 else [f"phantom_{i:03}_rater{r + 1}.nii.gz" for r in range(raters)]
+    files = {folder / "imagesTr" / name: stored}
+    files |= {folder / "labelsTr" / label: label_map for label, label_map in zip(labels, label_maps, strict=True)}
+    for path, volume in files.items():
+        turned, turned_affine = reoriented(volume, affine, order)
+        write_volume(turned[None], turned_affine, path)
+    paths = [f"./labelsTr/{label}" for label in labels]
+    return {"image": f"./imagesTr/{name}", "label": paths if raters > 1 else paths[0]}
 
 
 def _draw(

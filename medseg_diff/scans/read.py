@@ -70,14 +70,17 @@ def read_scan(path: str | Path, channels: int = 1) -> Scan:
 
 
 def read_label_map(path: str | Path) -> tuple[Int[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"]]:
-    """Reads one integer a voxel, and the affine in mm; UserError for fractions and for what `read_scan` refuses."""
+    """Reads one integer a voxel, and the affine in mm; UserError for fractions, values below 0, unreadable files."""
     path = Path(path)
     values, affine, *_ = _read(path, channels=1)
     low, high = float(values.min()), float(values.max())
     whole = values.dtype.kind in "iu" or (values == np.round(values)).all()
-    if not (whole and low >= -(2**31) and high < 2**31):
+    if whole and low < 0:
+        advice = "Give every label a positive value, also one that marks voxels to ignore, and the background 0."
+        raise UserError(path, f"it holds the label value {low:g}", advice)
+    if not (whole and high < 2**31):
         raise UserError(path, "it is no label map: it holds fractions, NaN or huge values", "Give one integer a voxel.")
-    dtype = np.int16 if low >= -(2**15) and high < 2**15 else np.int32
+    dtype = np.int16 if high < 2**15 else np.int32
     return np.ascontiguousarray(values[0], dtype), affine
 
 
@@ -106,11 +109,16 @@ def find_scans(paths: list[Path]) -> list[Path]:
 def _scans_at(path: Path) -> list[Path]:
     try:
         entries = sorted(entry for entry in path.iterdir() if entry.name[0] != ".") if path.is_dir() else []
-        if any(is_dicom(entry) for entry in entries if not _suffix(entry)):
+        if _is_series(entries):
             return [path]
-        return [e for e in entries if _suffix(e) or (e.is_dir() and any(map(is_dicom, e.iterdir())))] or [path]
+        return [e for e in entries if _suffix(e) or (e.is_dir() and _is_series(list(e.iterdir())))] or [path]
     except OSError:
         return [path]  # `read_scan` says why
+
+
+def _is_series(entries: list[Path]) -> bool:
+    """Whether a folder is one scan; beside files of other kinds a DICOM file is a stray, as our knee_seg.dcm may be."""
+    return any(map(is_dicom, entries)) and not any(_suffix(entry) for entry in entries if entry.name[0] != ".")
 
 
 def _suffix(path: Path) -> str:
