@@ -15,8 +15,8 @@ from medseg_diff.metrics import table
 from medseg_diff.segment import segment_files
 from medseg_diff.train import train
 
-SEGMENT_MINUTES = 1.3
-GENERATE_MINUTES = 0.7
+SEGMENT_MINUTES = 2.0
+GENERATE_MINUTES = 0.8
 
 
 def run_demo(out: Path) -> str:

@@ -10,6 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from medseg_diff.checkpoint import Model
+from medseg_diff.datasets.pipeline import outside
 from medseg_diff.datasets.slices import cut, with_neighbours
 from medseg_diff.device import autocast
 from medseg_diff.diffusion.masks import pool, to_analog
@@ -71,7 +72,7 @@ def predict(
         inside = tuple(slice(a, min(a + s, n)) for a, s, n in zip(window.start, window.size, space, strict=True))
         within = tuple(slice(0, s.stop - s.start) for s in inside)
         weights[inside] += weight[within]
-        part = cut(stack, window.start, window.size)
+        part = cut(stack, window.start, window.size, outside(data.modality))
         slabs = [slice(None)] if axis is None else _slabs(stack.shape[1], window.size)
         for chosen in slabs:
             batch = part[None] if axis is None else with_neighbours(part, data.neighbours, chosen)
@@ -141,7 +142,7 @@ def trace(
         seen.append((noisy[0], drawn[0]) if axis is None else (noisy.movedim(0, axis + 1), drawn.movedim(0, axis + 1)))
 
     with autocast(model.device, model.about.config.train.precision):
-        features = model.network.encode(cut(batch, window.start, size))
+        features = model.network.encode(cut(batch, window.start, size, outside(data.modality)))
     noise = Noise(seed, classes, tuple(n // STRIDE for n in size))
     _draw(model, features, noise, range(1), window, steps, watch)
     return seen

@@ -159,3 +159,10 @@ def test_cut_is_a_box_of_the_last_dimensions():
     assert cut(x, (1, 1), (2, 2)).tolist() == [[[6, 7], [10, 11]]]
     assert cut(x, (-1, 3), (2, 3)).tolist() == [[[0, 0, 0], [4, 0, 0]]]
     assert torch.equal(cut(x, (0, 0), (3, 4)), x)
+
+
+def test_beyond_a_scan_lies_what_is_asked_for():
+    inside = torch.ones(1, 2, 2)
+    found = cut(inside, (-1, 0), (4, 3), fill=-1.0)
+    assert found.sum() == 4 - 8
+    assert (found[:, 1:3, :2] == 1).all()

@@ -27,11 +27,12 @@ def augment(
     size: tuple[int, ...],
     spacing_mm: tuple[float, ...],
     generator: torch.Generator,
+    fill: float = 0.0,
 ) -> tuple[Float[Tensor, "batch channels *size"], Int[Tensor, "batch *size"]]:
     """Rotates by up to 15 degrees a plane (in mm), scales by up to e^.15, shifts by up to 6 %; gain, offset, noise."""
     batch, space = len(image), image.shape[2:]
     grid = _grid(batch, space, size, spacing_mm, generator).to(image.dtype)
-    warped = functional.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    warped = functional.grid_sample(image - fill, grid, align_corners=True) + fill  # it samples 0 outside
     nearest = functional.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=True)[:, 0]
     gain = torch.exp(_uniform((batch, 1), GAIN, generator))
     offset = _uniform((batch, 1), OFFSET, generator)

@@ -45,6 +45,11 @@ def preprocessing(data: Data) -> Preprocessing:
     return Preprocessing(data.spacing_mm, data.modality, data.window_hu, data.percentiles)
 
 
+def outside(modality: str) -> float:
+    """The intensity, after the transforms, of what lies beyond a scan: air in CT, the mean in MR."""
+    return -1.0 if modality == "ct" else 0.0
+
+
 def load(image: Path, labels: Sequence[Path], channels: int) -> dict[str, MetaTensor]:
     """`image`, and the `label_0`, `label_1`, ... of its raters, as MONAI's transforms take them. Raises UserError.
 

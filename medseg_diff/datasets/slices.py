@@ -33,14 +33,15 @@ def draw_batch(
     axis: int,
     neighbours: int,
     foreground: float,
+    fill: float = 0.0,
 ) -> tuple[Float[Tensor, "batch channels *space"], UInt8[Tensor, "batch *space"]]:
     """Random crops: of volumes where `size` has three numbers, of slices across `axis` where it has two.
 
     The share `foreground` is centred on a voxel of a random class, the rest anywhere. Of several raters one is drawn.
-    `margin` is added on either side of the crop. Beyond the volume lie zeros: a middle intensity, and the background.
+    `margin` is added on either side of the crop. Beyond the volume lie `fill` and the background.
     """
     crops = [
-        _crop(volumes[i], rng, size, margin, axis, neighbours, foreground)
+        _crop(volumes[i], rng, size, margin, axis, neighbours, foreground, fill)
         for i in rng.integers(len(volumes), size=batch_size)
     ]
     images, labels = zip(*crops, strict=True)
@@ -55,6 +56,7 @@ def _crop(
     axis: int,
     neighbours: int,
     foreground: float,
+    fill: float,
 ) -> tuple[Tensor, Tensor]:
     shape = np.array(volume.image.shape[1:])
     labels = (
@@ -76,7 +78,7 @@ def _crop(
         centre, shape = np.delete(centre, axis), np.delete(shape, axis)
     start = [_start(int(c), int(n), s, rng) - m for c, n, s, m in zip(centre, shape, size, margin, strict=True)]
     wide = [s + 2 * m for s, m in zip(size, margin, strict=True)]
-    return cut(image, start, wide), cut(labels, start, wide)
+    return cut(image, start, wide, fill), cut(labels, start, wide)
 
 
 def _start(centre: int, length: int, size: int, rng: np.random.Generator) -> int:
@@ -86,10 +88,10 @@ def _start(centre: int, length: int, size: int, rng: np.random.Generator) -> int
     return int(np.clip(centre - size // 2 + rng.integers(-(size // 4), size // 4 + 1), 0, length - size))
 
 
-def cut(x: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
-    """The box of `size` at `start` in the last dimensions, zeros where it lies outside."""
+def cut(x: Tensor, start: Sequence[int], size: Sequence[int], fill: float = 0.0) -> Tensor:
+    """The box of `size` at `start` in the last dimensions, `fill` where it lies outside."""
     lengths = x.shape[-len(size) :]
     inner = tuple(slice(max(0, a), min(n, a + s)) for a, s, n in zip(start, size, lengths, strict=True))
     margins = [(max(0, -a), max(0, a + s - n)) for a, s, n in zip(start, size, lengths, strict=True)]
     index: Any = (..., *inner)
-    return functional.pad(x[index], [side for pair in reversed(margins) for side in pair])
+    return functional.pad(x[index], [side for pair in reversed(margins) for side in pair], value=fill)

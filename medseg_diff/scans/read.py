@@ -117,8 +117,9 @@ def _scans_at(path: Path) -> list[Path]:
 
 
 def _is_series(entries: list[Path]) -> bool:
-    """Whether a folder is one scan; beside files of other kinds a DICOM file is a stray, as our knee_seg.dcm may be."""
-    return any(map(is_dicom, entries)) and not any(_suffix(entry) for entry in entries if entry.name[0] != ".")
+    """Whether a folder is one scan; beside volumes of other kinds a DICOM file is a stray, as our knee_seg.dcm may be."""
+    volumes = [entry for entry in entries if KINDS.get(_suffix(entry).lower()) in ("nifti", "nrrd", "mha")]
+    return any(map(is_dicom, entries)) and not [entry for entry in volumes if entry.name[0] != "."]
 
 
 def _suffix(path: Path) -> str:

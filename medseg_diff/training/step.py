@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from medseg_diff.config import Config
 from medseg_diff.datasets.augment import augment, margin_of
 from medseg_diff.datasets.cache import Volume
+from medseg_diff.datasets.pipeline import outside
 from medseg_diff.datasets.slices import draw_batch
 from medseg_diff.device import autocast
 from medseg_diff.diffusion.schedule import alpha_bar
@@ -105,10 +106,11 @@ def _batch(
         axis=data.axis,
         neighbours=data.neighbours if config.task == "segment" else 0,
         foreground=data.foreground,
+        fill=outside(data.modality),
     )
     image, labels = image.to(device), labels.to(device).long()
     if augmented:
-        image, labels = augment(image, labels, data.size, _spacing(config), generator)
+        image, labels = augment(image, labels, data.size, _spacing(config), generator, outside(data.modality))
     return image, labels, generator
 
 
