@@ -117,7 +117,7 @@ def _scans_at(path: Path) -> list[Path]:
 
 
 def _is_series(entries: list[Path]) -> bool:
-    """Whether a folder is one scan; beside volumes of other kinds a DICOM file is a stray, as our knee_seg.dcm may be."""
+    """Whether a folder is one scan; beside other volumes a DICOM file is a stray, as our knee_seg.dcm may be."""
     volumes = [entry for entry in entries if KINDS.get(_suffix(entry).lower()) in ("nifti", "nrrd", "mha")]
     return any(map(is_dicom, entries)) and not [entry for entry in volumes if entry.name[0] != "."]
 
