@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+# Before torch is imported: tiny tensors gain nothing from threads, and threads that wait for each other lose much.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 DATA = Path(os.environ.get("MEDSEG_DIFF_DATA", Path(__file__).resolve().parents[2] / "shared/data"))
 
 
