@@ -154,6 +154,8 @@ def segment(
             volumes = ", ".join(f"{label['name']} {label['volume_ml']:.2f} ml" for label in report["labels"])
             print(f"{report['scan']}: {volumes}")
         print(f"{len(reports)} of {len(found)} scans segmented into {out}")
+        for error in refused:
+            print(f"refused: {error.where}: {error.what}")
     if refused:
         raise typer.Exit(1 if reports else 2)
 

@@ -66,6 +66,17 @@ def test_no_model_says_what_to_do(call, scan):
     assert "Traceback" not in err
 
 
+def test_the_summary_lists_what_was_refused(call, scan, models, tmp_path):
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(scan.read_bytes()[:100])
+    code, out, err = call("segment", scan, broken, "--model", models["volumes"], "--save", "seg")
+    assert code == 1
+    assert "1 of 2 scans" in out
+    assert f"refused: {broken}" in out
+    assert f"refused: {broken}" in err
+    assert sorted(path.name for path in Path("segmentations").iterdir()) == ["scan_seg.nii.gz"]
+
+
 def test_debug_shows_the_traceback_of_an_error(call, scan):
     code, _, err = call("segment", scan, "--debug")
     assert code == 2
