@@ -51,14 +51,22 @@ class Data(_Section):
     """Training size in voxels of the network's grid, one number a dimension, multiples of 16."""
     foreground: Share = 0.5
     """Share of the training crops that are centred on a labelled voxel."""
+    pairs: bool = False
+    """With task generate: the mask is generated with the image, as further channels of the same diffusion."""
 
 
 class Network(_Section):
     """The network."""
 
-    kind: Literal["conditional", "unet", "unconditional"] = "conditional"
-    """conditional: image encoder, mean head and a denoiser that draws masks. unet: the encoder and its head alone,
-    trained by Dice and cross-entropy. unconditional: a denoiser of images, for task generate."""
+    kind: Literal["conditional", "unet", "unconditional", "classic_unet", "medsegdiff_v1", "medsegdiff_v2"] = (
+        "conditional"
+    )
+    """conditional: image encoder, mean head and a denoiser that draws masks in one call. unet: the encoder and its head
+    alone, trained by Dice and cross-entropy. medsegdiff_v1, medsegdiff_v2: denoisers of masks as in the papers.
+    classic_unet: the U-Net of 2015 as a denoiser, of masks or with task generate of images. unconditional: a denoiser
+    of images, for task generate."""
+    padding: Literal["same", "valid"] = "same"
+    """Of classic_unet: same keeps the size; valid is the paper's, on an image that is extended by mirroring."""
     widths: Annotated[
         tuple[Annotated[int, Field(ge=8, le=4096, multiple_of=8)], ...], Field(min_length=4, max_length=5)
     ] = (
@@ -74,7 +82,11 @@ class Diffusion(_Section):
     """The diffusion process."""
 
     schedule: Literal["linear", "quadratic", "cosine", "sigmoid", "scaled_linear"] = "cosine"
-    """Noise schedule; it always ends in pure noise (zero terminal SNR)."""
+    """Noise schedule."""
+    zero_terminal: bool = True
+    """The schedule is rescaled to end in pure noise (zero terminal SNR)."""
+    log_snr_shift: Finite = 0.0
+    """Added to the schedule's log-SNR; below 0 there is more noise at every time, as large images need."""
     train_steps: Annotated[int, Field(ge=2)] = 1000
     """Number of noise levels that training draws from."""
     scale: Positive = 0.5
@@ -82,7 +94,13 @@ class Diffusion(_Section):
     pure_noise: Share = 0.5
     """Share of the training levels that are pure noise, the level at which one call draws a sample."""
     draws: Annotated[int, Field(ge=2)] = 4
-    """Masks drawn for one training image, which the energy score compares."""
+    """Of conditional: masks drawn for one training image, which the energy score compares."""
+    prediction: Literal["velocity", "x0", "noise"] = "velocity"
+    """What the other denoisers predict."""
+    weighting: Literal["uniform", "min_snr", "level"] = "uniform"
+    """Weight of a noise level in their squared error: of the prediction itself, min-SNR-5, or EDM's."""
+    variance: Literal["small", "large", "learned"] = "small"
+    """Of ancestral sampling; learned is for task generate, and is trained by the variational bound."""
 
 
 class Train(_Section):
@@ -93,7 +111,9 @@ class Train(_Section):
     max_minutes: Positive | None = None
     """Budget in minutes of training; whichever of the two ends first."""
     batch_size: Count = 2
-    """Crops, or slices, in a batch."""
+    """Crops, or slices, in a forward pass."""
+    accumulate: Count = 1
+    """Forward passes whose gradients are gathered for one step."""
     lr: Positive = 2e-3
     """Highest learning rate of AdamW, reached after the warm-up, then lowered along a cosine."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
@@ -105,7 +125,9 @@ class Train(_Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the moving average of the weights, the ones that are kept."""
     mean_weight: Positive = 5.0
-    """Weight of the mean head's cross-entropy beside the energy score."""
+    """Of conditional: weight of the mean head's cross-entropy beside the energy score."""
+    condition_every: Count = 5
+    """Of medsegdiff_v2: every so many steps Dice and cross-entropy teach the condition model."""
     augment: bool = True
     """Rotate, scale, shift, and change the intensities of what is trained on."""
     checkpoint_every: Count = 200
@@ -122,7 +144,17 @@ class Segment(_Section):
     samples: Annotated[int, Field(ge=2, le=1024)] = 16
     """Masks (or images to preview) drawn by default."""
     steps: Count = 1
-    """Calls of the denoiser for a sample."""
+    """Steps of the sampler; a step calls the denoiser once (twice with heun)."""
+    sampler: Literal["auto", "ddpm", "ddim", "dpm++", "dpm++sde", "heun"] = "auto"
+    """auto: ddpm for conditional, which draws at every call, and dpm++ for the others, which estimate the mean."""
+    eta: Share = 0.0
+    """Of ddim: share of fresh noise."""
+    spacing: Literal["trailing", "leading", "linspace", "log_snr"] = "trailing"
+    """How the steps lie on the schedule."""
+    limit: Literal["none", "clip", "dynamic"] = "none"
+    """What keeps estimates within the range of masks (or of ct images): clipping, or dynamic thresholding."""
+    fuse: Literal["mean", "vote", "staple"] = "mean"
+    """How medsegdiff_v1, medsegdiff_v2 and classic_unet report their samples; conditional reports its mean head."""
 
 
 class Tracking(_Section):
@@ -132,6 +164,18 @@ class Tracking(_Section):
     """Tracking store: sqlite:///FILE or the address of a server."""
     experiment: str = "medseg-diff"
     """Experiment that the runs belong to."""
+
+
+MASK_DENOISERS = ("classic_unet", "medsegdiff_v1", "medsegdiff_v2")
+"""Kinds that estimate a mask from a noisy one at full resolution."""
+
+PREDICTING = (*MASK_DENOISERS, "unconditional")
+"""Kinds that follow diffusion.prediction."""
+
+SAMPLING = ("conditional", *MASK_DENOISERS)
+"""Kinds that draw several masks of a scan."""
+
+SERVES = {"segment": (*SAMPLING, "unet"), "generate": ("unconditional", "classic_unet")}
 
 
 class Config(_Section):
@@ -159,8 +203,19 @@ class Config(_Section):
             )
         if data.window_hu[0] >= data.window_hu[1]:
             raise ValueError("data.window_hu: the first number must be below the second")
-        if (self.task == "generate") != (self.network.kind == "unconditional"):
+        if self.network.kind not in SERVES[self.task]:
             raise ValueError(f"network.kind: {self.network.kind} does not serve task {self.task}")
+        if self.task == "segment" and data.pairs:
+            raise ValueError("data.pairs: pairs are generated; it needs task generate")
+        if self.task == "segment" and self.diffusion.variance == "learned":
+            raise ValueError("diffusion.variance: learned needs task generate")
+        if self.diffusion.zero_terminal and self.diffusion.prediction == "noise" and self.network.kind in PREDICTING:
+            raise ValueError(
+                "diffusion.prediction: the noise says nothing where there is nothing else; predict x0 or velocity, "
+                "or set diffusion.zero_terminal to false"
+            )
+        if self.network.kind == "conditional" and not self.diffusion.zero_terminal:
+            raise ValueError("diffusion.zero_terminal: conditional draws from pure noise, and needs true")
         return self
 
 
