@@ -12,6 +12,11 @@ from torch import Tensor
 
 Level = Float[Tensor, ""] | Float[Tensor, "batch"]
 
+PREDICTIONS = ("noise", "x0", "velocity")
+"""What a network may predict: each says all, with x_t, but the noise at pure noise and x_0 at clean."""
+
+VARIANCES = ("small", "large", "learned")
+
 
 def add_noise(
     x_0: Float[Tensor, "batch *rest"], noise: Float[Tensor, "batch *rest"], alpha_bar: Level
@@ -55,11 +60,44 @@ def posterior(
     beta = 1 - alpha_bar_t / alpha_bar_s: the paper's alpha_t and beta_t where the levels are neighbours. At pure noise,
     alpha_bar_t = 0, x_t drops out. The variance has x's dimensions, of size 1 where it is constant.
     """
-    beta = (alpha_bar_s - alpha_bar_t) / alpha_bar_s
+    beta = _beta(alpha_bar_t, alpha_bar_s)
     weight_0 = alpha_bar_s.sqrt() * beta / (1 - alpha_bar_t)
     weight_t = (alpha_bar_t / alpha_bar_s).sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t)
-    variance = beta * (1 - alpha_bar_s) / (1 - alpha_bar_t)
-    return _like(weight_0, x_0) * x_0 + _like(weight_t, x_t) * x_t, _like(variance, x_t)
+    mean = _like(weight_0, x_0) * x_0 + _like(weight_t, x_t) * x_t
+    return mean, step_variance("small", x_t, alpha_bar_t, alpha_bar_s)
+
+
+def step_variance(
+    variance: str,
+    x_t: Float[Tensor, "batch *rest"],
+    alpha_bar_t: Level,
+    alpha_bar_s: Level,
+    fraction: Float[Tensor, "batch *rest"] | None = None,
+) -> Float[Tensor, "#batch *#rest"]:
+    """The variance of a reverse step from level t to any cleaner level s, in x's dimensions as in `posterior`.
+
+    - small: the posterior's (DDPM, eq. 7), right where x_0 is known.
+    - large: beta, right where x_0 is standard normal.
+    - learned: exp(v log large + (1 - v) log small), with v in [0, 1] the network's fraction (Nichol & Dhariwal 2021,
+      eq. 15).
+
+    From pure noise they are 1 - alpha_bar_s, 1 and between. At clean all are 0: the last step adds no noise. Raises
+    ValueError for an unknown variance, or a learned one without its fraction.
+    """
+    large = _beta(alpha_bar_t, alpha_bar_s)
+    small = large * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+    large = large.masked_fill(alpha_bar_s == 1, 0)
+    match variance:
+        case "small":
+            return _like(small, x_t)
+        case "large":
+            return _like(large, x_t)
+        case "learned" if fraction is not None:
+            between = _like(large, x_t) ** fraction * _like(small, x_t) ** (1 - fraction)
+            return between.masked_fill(_like(large, x_t) == 0, 0)
+        case "learned":
+            raise ValueError("the learned variance needs its fraction: let the denoiser return (x_0, fraction)")
+    raise ValueError(f"unknown variance {variance!r}; choose one of {', '.join(VARIANCES)}")
 
 
 def velocity(
@@ -94,6 +132,46 @@ def noise_from_x0(
     return (x_t - _like(alpha_bar.sqrt(), x_t) * x_0) / _like(deviation, x_t)
 
 
+def noise_from_velocity(
+    x_t: Float[Tensor, "batch *rest"], v: Float[Tensor, "batch *rest"], alpha_bar: Level
+) -> Float[Tensor, "batch *rest"]:
+    """noise = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) v (Salimans & Ho 2022, appendix D); defined at every level."""
+    return _like((1 - alpha_bar).sqrt(), x_t) * x_t + _like(alpha_bar.sqrt(), x_t) * v
+
+
+def target(
+    prediction: str, x_0: Float[Tensor, "batch *rest"], noise: Float[Tensor, "batch *rest"], alpha_bar: Level
+) -> Float[Tensor, "batch *rest"]:
+    """What a network that predicts `prediction` should answer. Raises ValueError for an unknown prediction."""
+    match prediction:
+        case "noise":
+            return noise
+        case "x0":
+            return x_0
+        case "velocity":
+            return velocity(x_0, noise, alpha_bar)
+    raise ValueError(unknown_prediction(prediction))
+
+
+def x0_from(
+    prediction: str, x_t: Float[Tensor, "batch *rest"], output: Float[Tensor, "batch *rest"], alpha_bar: Level
+) -> Float[Tensor, "batch *rest"]:
+    """The x_0 that a network's answer means; of "noise" not finite at pure noise. Raises ValueError as `target`."""
+    match prediction:
+        case "noise":
+            return x0_from_noise(x_t, output, alpha_bar)
+        case "x0":
+            return output
+        case "velocity":
+            return x0_from_velocity(x_t, output, alpha_bar)
+    raise ValueError(unknown_prediction(prediction))
+
+
+def unknown_prediction(prediction: str) -> str:
+    """The message about a prediction that is none of PREDICTIONS."""
+    return f"unknown prediction {prediction!r}; choose one of {', '.join(PREDICTIONS)}"
+
+
 def input_scale_wiener(alpha_bar: Level, b: float) -> Level:
     """The factor on x_t for a network's input: sqrt(alpha_bar) b / (alpha_bar b^2 + 1 - alpha_bar).
 
@@ -107,6 +185,11 @@ def _walk(x: Tensor, noises: Tensor, betas: Tensor) -> Tensor:
     for i, (beta, noise) in enumerate(zip(betas, noises, strict=True)):
         x = path[i] = add_noise(x, noise, 1 - beta)
     return path
+
+
+def _beta(alpha_bar_t: Tensor, alpha_bar_s: Tensor) -> Tensor:
+    """1 - alpha_bar_t / alpha_bar_s, the variance that the forward process adds from s to t."""
+    return (alpha_bar_s - alpha_bar_t) / alpha_bar_s
 
 
 def _like(coefficient: Tensor, x: Tensor) -> Tensor:

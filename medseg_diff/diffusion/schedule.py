@@ -13,11 +13,15 @@ from torch.nn import functional
 
 KINDS = ("linear", "quadratic", "cosine", "sigmoid", "scaled_linear")
 
+SPACINGS = ("trailing", "leading", "linspace", "log_snr")
+
 DISCRETE_STEPS = 1000
 """The number of steps for which the published betas were chosen."""
 
 
-def alpha_bar(kind: str, t: Float[Tensor, "*shape"], *, zero_terminal: bool = True) -> Float[Tensor, "*shape"]:
+def alpha_bar(
+    kind: str, t: Float[Tensor, "*shape"], *, zero_terminal: bool = True, shift: float = 0.0
+) -> Float[Tensor, "*shape"]:
     """The signal's share of the variance at time t in [0, 1]: exactly 1 at t = 0, falling.
 
     - linear: betas 1e-4 to 0.02, linear in t (Ho et al. 2020, section 4).
@@ -31,19 +35,27 @@ def alpha_bar(kind: str, t: Float[Tensor, "*shape"], *, zero_terminal: bool = Tr
     exp(-sum of beta^2 / 2): at most 9 %, at the noisy end, where alpha_bar itself is tiny.
 
     With zero_terminal the square root is shifted and scaled so that t = 1 is exactly 0 and t = 0 stays 1
-    (Lin et al. 2024, algorithm 1, in continuous time). Raises ValueError for an unknown kind.
+    (Lin et al. 2024, algorithm 1, in continuous time).
+
+    shift is added to the log-SNR; pure noise and clean stay exact. 2 log b does to data of scale 1 what a scale b of
+    the data does without a shift (Chen 2023); -2 log b undoes such a scale. 2 log(reference / side) follows the
+    resolution: the noise of an image of `side` pixels, averaged down to `reference` pixels, is then the reference's
+    (Hoogeboom et al. 2023, simple diffusion, section 3.1). Raises ValueError for an unknown kind.
     """
-    raw = _unscaled(kind, t)
-    if not zero_terminal:
-        return raw
-    end = _unscaled(kind, torch.ones_like(t)).sqrt()
-    return ((raw.sqrt() - end) / (1 - end)) ** 2
+    signal = _unscaled(kind, t)
+    if zero_terminal:
+        end = _unscaled(kind, torch.ones_like(t)).sqrt()
+        signal = ((signal.sqrt() - end) / (1 - end)) ** 2
+    amplified = math.exp(shift) * signal
+    return amplified / (amplified + (1 - signal))
 
 
-def discrete_alpha_bar(kind: str, steps: int, *, zero_terminal: bool = True) -> Float[Tensor, "{steps}"]:
+def discrete_alpha_bar(
+    kind: str, steps: int, *, zero_terminal: bool = True, shift: float = 0.0
+) -> Float[Tensor, "{steps}"]:
     """alpha_bar at t = i / steps for i = 1 ... steps, in float64."""
     t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-    return alpha_bar(kind, t, zero_terminal=zero_terminal)
+    return alpha_bar(kind, t, zero_terminal=zero_terminal, shift=shift)
 
 
 def betas(alpha_bars: Float[Tensor, "steps"]) -> Float[Tensor, "steps"]:
@@ -52,15 +64,61 @@ def betas(alpha_bars: Float[Tensor, "steps"]) -> Float[Tensor, "steps"]:
     return (cleaner - alpha_bars) / cleaner
 
 
-def levels(kind: str, steps: int, *, zero_terminal: bool = True) -> Float[Tensor, "{steps}+1"]:
-    """The sampler's path: alpha_bar at steps + 1 even times from t = 1 (noise) to t = 0 (clean), in float64."""
-    t = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
-    return alpha_bar(kind, t, zero_terminal=zero_terminal)
+def levels(
+    kind: str,
+    steps: int,
+    *,
+    spacing: str = "trailing",
+    train_steps: int = 1000,
+    zero_terminal: bool = True,
+    shift: float = 0.0,
+) -> Float[Tensor, "{steps}+1"]:
+    """The sampler's path, in float64: alpha_bar at `steps` falling times and, last, 1 (clean).
+
+    With N = train_steps, the spacings (Lin et al. 2024, table 2) take these times:
+
+    - trailing: t = 1, 1 - 1/steps, ... 1/steps. Continuous: N does not matter.
+    - leading: from t = 1/N upwards in strides of floor(N / steps) / N. It never starts at the noisiest level unless
+      steps = N: there the sampler is told that pure noise holds some signal.
+    - linspace: from t = 1 to t = 1/N, evenly, rounded to multiples of 1/N.
+    - log_snr: evenly in log-SNR from t = 1 to t = 1/N. Where t = 1 is pure noise, whose log-SNR is not finite, that is
+      the first level and the even ones start at t = 1 - 1/N.
+
+    Where these have only one level to place, it is the noisier end. Raises ValueError for an unknown spacing, and for
+    more steps than train_steps with leading and linspace.
+    """
+    if spacing in ("leading", "linspace") and steps > train_steps:
+        raise ValueError(f"{spacing} spacing has {train_steps} levels to choose from, not {steps}; take trailing")
+
+    def at(t: Tensor) -> Tensor:
+        return alpha_bar(kind, t, zero_terminal=zero_terminal, shift=shift)
+
+    match spacing:
+        case "trailing":
+            path = at(torch.arange(steps, 0, -1, dtype=torch.float64) / steps)
+        case "leading":
+            path = at((torch.arange(steps - 1, -1, -1) * (train_steps // steps) + 1).double() / train_steps)
+        case "linspace":
+            path = at(torch.linspace(train_steps, 1, steps, dtype=torch.float64).round() / train_steps)
+        case "log_snr":
+            path = _even_log_snr(
+                at(torch.tensor([1, 1 - 1 / train_steps, 1 / train_steps], dtype=torch.float64)), steps
+            )
+        case _:
+            raise ValueError(f"unknown spacing {spacing!r}; choose one of {', '.join(SPACINGS)}")
+    return torch.cat([path, path.new_ones(1)])
 
 
 def log_snr(alpha_bar: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """log(alpha_bar / (1 - alpha_bar)); infinite at pure noise and at clean."""
     return torch.logit(alpha_bar)
+
+
+def _even_log_snr(ends: Float[Tensor, "3"], steps: int) -> Float[Tensor, "{steps}"]:
+    """Levels even in log-SNR from the first end to the last; behind pure noise, from the second end."""
+    pure, first = (1, ends[1]) if ends[0] == 0 else (0, ends[0])
+    even = torch.linspace(log_snr(first).item(), log_snr(ends[2]).item(), steps - pure, dtype=ends.dtype).sigmoid()
+    return torch.cat([ends[:pure], even])
 
 
 def _unscaled(kind: str, t: Tensor) -> Tensor:
