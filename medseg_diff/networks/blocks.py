@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 GROUPS = 8
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What denoising a mask needs of an image, computed once, and the condition model's own mask where it has one."""
+
+    maps: tuple[Tensor, ...]
+    logits: Tensor | None
 
 
 def convolution(dims: int, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d | nn.Conv3d:
