@@ -20,8 +20,8 @@ def loss_weight(
     - level: SNR + 1 / data_std^2 on the error of x_0 (EDM, Karras et al. 2022, table 1: lambda(sigma)). Infinite for x0
       at clean and for noise at pure noise; for velocity with data_std = 1 it is 1, the same as uniform.
 
-    The squared error of the noise is SNR times that of x_0, that of the velocity SNR + 1 times. Raises ValueError for an
-    unknown weighting or prediction.
+    The squared error of the noise is SNR times that of x_0, that of the velocity SNR + 1 times. Raises ValueError for
+    an unknown weighting or prediction.
     """
     match (
         prediction

@@ -33,15 +33,16 @@ def sample(
 ) -> Float[Tensor, "batch *rest"]:
     """Follow the path from x_T at levels[0] to levels[-1], x at the last level.
 
-    The denoiser is called once a step. levels are alpha_bars, rising from noise (0 is pure noise) to clean; where the
-    last is 1, the result is the denoiser's last answer itself. In one step from 0 to 1 every method returns denoise(x_T, 0).
+    levels are alpha_bars, rising from noise (0 is pure noise) to clean; where the last is 1, the result is the
+    denoiser's last answer itself. In one step from 0 to 1 every method returns denoise(x_T, 0). It is called once a
+    step, but for "heun".
 
     - "ddpm": `ancestral_step` with `variance`.
     - "ddim": `ddim_step`, deterministic unless eta > 0.
     - "dpm++": DPM-Solver++(2M), deterministic, second order but for its first and last step (Lu et al. 2022, alg. 2).
     - "dpm++sde": SDE-DPM-Solver++(2M) of the same paper: `ancestral_step` with the x_0 that "dpm++" takes.
-    - "heun": EDM's solver without churn, deterministic, second order (Karras et al. 2022, alg. 1). It calls the
-      denoiser twice a step, but once in a step from pure noise or to clean.
+    - "heun": EDM's solver without churn, deterministic, second order (Karras et al. 2022, alg. 1), for two calls a
+      step; one where the step starts at pure noise or ends at clean.
 
     limit is applied to every estimate of x_0, as `clip` and `dynamic_threshold` by functools.partial.
     noise(i) gives the standard normal noise of step i = 0, 1, ...; only "ddpm", "dpm++sde" and "ddim" with eta > 0 ask
