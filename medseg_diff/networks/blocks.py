@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -42,6 +42,24 @@ def upsample(x: Float[Tensor, "batch channels *space"], factor: int = 2) -> Floa
 def nearest(x: Float[Tensor, "batch channels *space"], factor: int = 2) -> Float[Tensor, "batch channels *larger"]:
     """Repetition of every voxel."""
     return functional.interpolate(x, scale_factor=factor, mode="nearest")
+
+
+def spectrum(x: Float[Tensor, "batch channels *space"]) -> Complex[Tensor, "batch channels *frequencies"]:
+    """Fourier transform over space, half of the last axis; in float32, as no transform takes bfloat16."""
+    return torch.fft.rfftn(x.float(), dim=tuple(range(2, x.ndim)), norm="ortho")
+
+
+def from_spectrum(
+    x: Complex[Tensor, "batch channels *frequencies"], size: tuple[int, ...]
+) -> Float[Tensor, "batch channels *space"]:
+    """Back to a map of this size, which half a spectrum leaves open."""
+    return torch.fft.irfftn(x, s=size, dim=tuple(range(2, x.ndim)), norm="ortho")
+
+
+def frequencies(size: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Cycles a voxel along each axis of the spectrum of a map of this size."""
+    *full, half = size
+    return (*(torch.fft.fftfreq(n, device=device) for n in full), torch.fft.rfftfreq(half, device=device))
 
 
 class LevelEmbedding(nn.Module):
@@ -102,13 +120,21 @@ class UNet(nn.Module):
         self, x: Float[Tensor, "batch inputs *space"], embedding: Float[Tensor, "batch width"] | None = None
     ) -> list[Tensor]:
         """Every length of `space` is a multiple of 2 ** (levels - 1)."""
-        h, skips = self.stem(x), []
+        return self.decode(self.encode(self.stem(x), embedding), embedding)
+
+    def encode(self, h: Tensor, embedding: Float[Tensor, "batch width"] | None = None) -> list[Tensor]:
+        """The way down alone, from the stem's output: the encoder's feature maps, the finest first."""
+        skips = []
         for block, down in zip(self.encoder, [*self.down, None], strict=True):
             h = block(h, embedding)
             skips.append(h)
             h = down(h) if down is not None else h
-        features = [h]
+        return skips
+
+    def decode(self, skips: list[Tensor], embedding: Float[Tensor, "batch width"] | None = None) -> list[Tensor]:
+        """The way up alone, from the encoder's feature maps, the finest first."""
+        features = [skips[-1]]
         for level in reversed(range(len(self.decoder))):
-            h = self.decoder[level](nearest(self.up[level](h)) + skips[level], embedding)
-            features.insert(0, h)
+            h = nearest(self.up[level](features[0])) + skips[level]
+            features.insert(0, self.decoder[level](h, embedding))
         return features
