@@ -1,6 +1,7 @@
 """Figures of training and generation. Drawn without a display, the same bytes for the same content."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from medseg_diff.palette import LABEL_COLORS
 PALETTE = ("#000000", *LABEL_COLORS)
 """The background is black."""
 
+LINE_COLORS = (*(color for color in reversed(LABEL_COLORS) if color != "#F0E442"), "#000000")
+"""Without the yellow, which is faint on white."""
+
 COLORS = 24
 """Of a GIF: noise does not compress, and more colours would make files much larger."""
 
@@ -29,6 +33,56 @@ State = tuple[str, Mapping[str, Pictures]]
 
 Captions and names may hold mathematics between dollars. Pictures are gray, or coloured with values in [0, 1].
 """
+
+
+Curves = Mapping[str, tuple[Sequence[float | int], Sequence[float | int]]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves of one quantity over another.
+
+    Attributes:
+        curves: x and y by name; the same name has the same colour in every panel.
+        dashed: more of them, drawn dashed.
+        log: the axes with a logarithmic scale: "", "x", "y" or "xy"; that of x is to base 2, marked where curves are.
+        ylim: the range of y, where that of the curves says too little.
+
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    curves: Curves
+    dashed: Curves = field(default_factory=dict)
+    log: str = ""
+    ylim: tuple[float, float] | None = None
+
+
+def draw_lines(panels: Sequence[Panel], path: Path, *, solid: str = "", dashed: str = "") -> None:
+    """Panels side by side, one legend at their right; `solid` and `dashed` say in it what the two strokes mean."""
+    names = list(dict.fromkeys(name for panel in panels for name in (*panel.curves, *panel.dashed)))
+    colors = {name: LINE_COLORS[index % len(LINE_COLORS)] for index, name in enumerate(names)}
+    figure = Figure(figsize=(4.6 * len(panels) + 1.8, 3.8), layout="constrained", facecolor="white")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+        for curves, stroke in ((panel.curves, "-"), (panel.dashed, "--")):
+            for name, (x, y) in curves.items():
+                axes.plot(x, y, stroke, color=colors[name], linewidth=1.8, marker="o" if len(x) < 20 else "", ms=5)
+        axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        if "x" in panel.log:
+            ticks = sorted({value for x, _ in (*panel.curves.values(), *panel.dashed.values()) for value in x})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        if "y" in panel.log:
+            axes.set_yscale("log")
+        if panel.ylim:
+            axes.set_ylim(panel.ylim)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    keys = [*((name, "-", color) for name, color in colors.items()), (solid, "-", "0.4"), (dashed, "--", "0.4")]
+    lines = [axes.plot([], [], stroke, color=color, label=text)[0] for text, stroke, color in keys if text]
+    figure.legend(handles=lines, loc="outside right center", frameon=False)
+    _save(figure, path, dpi=150)
 
 
 def draw_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path) -> None:
@@ -193,7 +247,7 @@ def _middle(image: np.ndarray) -> np.ndarray:
     return image if image.ndim == 2 else image[..., image.shape[-1] // 2]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, dpi: int = 100) -> None:
     FigureCanvasAgg(figure)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100, metadata={"Software": None})
+        figure.savefig(temporary, dpi=dpi, metadata={"Software": None})
