@@ -4,13 +4,19 @@ import pytest
 import torch
 
 from medseg_diff.diffusion.process import (
+    PREDICTIONS,
+    VARIANCES,
     add_noise,
     equivalent_noise,
     forward_chain,
     input_scale_wiener,
+    noise_from_velocity,
     noise_from_x0,
     posterior,
+    step_variance,
+    target,
     velocity,
+    x0_from,
     x0_from_noise,
     x0_from_velocity,
 )
@@ -52,9 +58,10 @@ def test_float64_levels_keep_the_type_of_x():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("space", [(3, 4), (2, 3, 2)])
-def test_chain_and_closed_form_agree_at_every_step(kind, space):
+@pytest.mark.parametrize("zero_terminal", [True, False])
+def test_chain_and_closed_form_agree_at_every_step(kind, space, zero_terminal):
     x_0 = normal(2, 1, *space)
-    alpha_bars = discrete_alpha_bar(kind, 1000)
+    alpha_bars = discrete_alpha_bar(kind, 1000, zero_terminal=zero_terminal)
     chain, noises = forward_chain(x_0, betas(alpha_bars), torch.Generator().manual_seed(1))
     merged = equivalent_noise(noises, betas(alpha_bars))
     assert chain.shape == noises.shape == merged.shape == (1000, 2, 1, *space)
@@ -140,6 +147,80 @@ def test_noise_from_x0_is_safe_at_clean_and_exact_at_noise():
     assert torch.equal(noise, torch.stack([torch.zeros(3, dtype=F64), x_t[1]]))
     noise.sum().backward()
     assert guess.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("alpha_bar", [0.0, 1e-4, 0.3, 0.9999, 1.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_prediction_means_the_same(prediction, alpha_bar):
+    """From what a network should answer, x_0 and the noise come back at every level where they are defined."""
+    x_0, noise, each = normal(2, 3, 4), normal(2, 3, 4, seed=1), level(alpha_bar)
+    x_t = add_noise(x_0, noise, each)
+    answer = target(prediction, x_0, noise, each)
+    expected = {"noise": noise, "x0": x_0, "velocity": math.sqrt(alpha_bar) * noise - math.sqrt(1 - alpha_bar) * x_0}
+    torch.testing.assert_close(answer, expected[prediction], rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(noise_from_velocity(x_t, target("velocity", x_0, noise, each), each), noise)
+    if prediction == "noise" and alpha_bar == 0:
+        assert not x0_from(prediction, x_t, answer, each).isfinite().any()
+        return
+    x_0_again = x0_from(prediction, x_t, answer, each)
+    torch.testing.assert_close(x_0_again, x_0)
+    for other in PREDICTIONS:
+        if alpha_bar < 1:  # at clean x_t says nothing about the noise
+            again = target(other, x_0_again, noise_from_x0(x_t, x_0_again, each), each)
+            torch.testing.assert_close(again, target(other, x_0, noise, each))
+
+
+def test_one_level_an_item_of_every_prediction():
+    x_0, noise, each = normal(2, 3), normal(2, 3, seed=1), torch.tensor([0.3, 0.6], dtype=F64)
+    x_t = add_noise(x_0, noise, each)
+    for prediction in PREDICTIONS:
+        torch.testing.assert_close(x0_from(prediction, x_t, target(prediction, x_0, noise, each), each), x_0)
+
+
+def test_unknown_prediction_and_variance_name_the_known_ones():
+    x = normal(2, 3)
+    for function in (target, x0_from):
+        with pytest.raises(ValueError, match=r"'eps'.*velocity"):
+            function("eps", x, x, level(0.5))
+    with pytest.raises(ValueError, match=r"'middle'.*learned"):
+        step_variance("middle", x, level(0.2), level(0.5))
+    with pytest.raises(ValueError, match="needs its fraction"):
+        step_variance("learned", x, level(0.2), level(0.5))
+
+
+@pytest.mark.parametrize(("t", "s"), [(0.2, 0.3), (0.2, 0.99), (0.0, 0.4), (0.9998, 0.9999)])
+def test_variances_between_any_two_levels(t, s):
+    x, fraction = normal(2, 3), normal(2, 3, seed=1).sigmoid()
+    small, large, learned = (step_variance(kind, x, level(t), level(s), fraction) for kind in VARIANCES)
+    assert small.shape == large.shape == (1, 1)
+    assert torch.equal(small, posterior(x, x, level(t), level(s))[1])
+    torch.testing.assert_close(large, level(1 - t / s).reshape(1, 1), rtol=1e-11, atol=0)
+    torch.testing.assert_close(learned, (fraction * large.log() + (1 - fraction) * small.log()).exp())
+    for end, expected in ((0.0, small), (1.0, large)):
+        torch.testing.assert_close(
+            step_variance("learned", x, level(t), level(s), torch.full_like(x, end)), expected.expand_as(x)
+        )
+
+
+@pytest.mark.parametrize(("spread", "variance"), [(0.0, "small"), (1.0, "large")])
+def test_small_and_large_are_right_for_a_known_and_a_standard_normal_x_0(spread, variance):
+    """Var(x_s | x_t) of the joint Gaussian of x_0 ~ N(0, spread), x_s and x_t (DDPM, section 3.2)."""
+    t, s = 0.3, 0.7
+    var_s, var_t, cov = s * spread + 1 - s, t * spread + 1 - t, math.sqrt(t / s) * (s * spread + 1 - s)
+    expected = var_s - cov**2 / var_t
+    assert step_variance(variance, normal(1), level(t), level(s)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_variance_is_left_at_clean():
+    x, fraction = normal(4, 3), torch.tensor([0, 0.3, 1, 0.5], dtype=F64)[:, None].repeat(1, 3).requires_grad_()
+    t, s = torch.tensor([0.5, 0, 0.5, 0.5], dtype=F64), torch.tensor([1, 1, 1, 0.75], dtype=F64)
+    for kind in VARIANCES:
+        variance = step_variance(kind, x, t, s, fraction)
+        assert not variance[:3].any()
+        assert variance[3].all()
+    variance.sum().backward()
+    assert not fraction.grad[:3].any()
+    assert fraction.grad[3].isfinite().all()
 
 
 @pytest.mark.parametrize("b", [0.25, 0.5, 1.0])

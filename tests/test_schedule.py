@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from medseg_diff.diffusion.schedule import KINDS, alpha_bar, betas, discrete_alpha_bar, levels, log_snr
+from medseg_diff.diffusion.schedule import KINDS, SPACINGS, alpha_bar, betas, discrete_alpha_bar, levels, log_snr
 
 F64 = torch.float64
 
@@ -104,6 +104,105 @@ def test_levels_can_keep_the_published_end():
     assert levels("linear", 50, zero_terminal=False)[0].item() == pytest.approx(math.exp(-10.05))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("zero_terminal", [True, False])
+def test_shift_is_added_to_the_log_snr(kind, zero_terminal):
+    t = torch.linspace(0, 1, 101, dtype=F64)
+    plain, shifted, none = (alpha_bar(kind, t, zero_terminal=zero_terminal, shift=s) for s in (0.0, -1.5, 0.0))
+    torch.testing.assert_close(log_snr(shifted)[1:-1], log_snr(plain)[1:-1] - 1.5, rtol=1e-9, atol=1e-9)
+    assert shifted[0] == 1
+    assert (shifted[-1] == 0) == (plain[-1] == 0)
+    assert torch.equal(plain, none)
+
+
+@pytest.mark.parametrize("b", [0.25, 0.5, 2.0])
+def test_shift_does_what_an_input_scale_does(b):
+    """SNR of b x_0 under the plain schedule, against that of x_0 under the shifted one (Chen 2023)."""
+    t = torch.linspace(0.1, 0.9, 9, dtype=F64)
+    plain, shifted = alpha_bar("cosine", t), alpha_bar("cosine", t, shift=2 * math.log(b))
+    torch.testing.assert_close(shifted / (1 - shifted), b**2 * plain / (1 - plain))
+
+
+def test_shift_follows_the_resolution():
+    """Blocks of 4 x 4 pixels average the noise down by 4: at side 256 as noisy as 64 was (Hoogeboom et al. 2023)."""
+    t = torch.linspace(0.1, 0.9, 9, dtype=F64)
+    small, large = alpha_bar("cosine", t), alpha_bar("cosine", t, shift=2 * math.log(64 / 256))
+    averaged_noise = (1 - large) / large / 4**2
+    torch.testing.assert_close(averaged_noise, (1 - small) / small)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("zero_terminal", [True, False])
+@pytest.mark.parametrize("shift", [0.0, -1.5, 2.0])
+def test_chain_and_path_are_the_same_curve(kind, zero_terminal, shift):
+    options = {"zero_terminal": zero_terminal, "shift": shift}
+    curve = alpha_bar(kind, torch.arange(1, 41, dtype=F64) / 40, **options)
+    assert torch.equal(discrete_alpha_bar(kind, 40, **options), curve)
+    assert torch.equal(levels(kind, 40, **options)[:-1].flip(0), curve)
+
+
+def times(spacing: str, steps: int, train_steps: int = 1000) -> list[float]:
+    """The times of a path, read back from the levels of a schedule without a flat end."""
+    path = levels("linear", steps, spacing=spacing, train_steps=train_steps, zero_terminal=False)
+    integral = -path.log() / 1000  # = 1e-4 t + 0.0199 t^2 / 2
+    t = ((1e-8 + 2 * 0.0199 * integral).sqrt() - 1e-4) / 0.0199
+    return (t * train_steps).tolist()
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps", "expected"),
+    [
+        ("trailing", 4, [1000, 750, 500, 250, 0]),
+        ("trailing", 3, [1000, 2000 / 3, 1000 / 3, 0]),
+        ("leading", 4, [751, 501, 251, 1, 0]),
+        ("leading", 3, [667, 334, 1, 0]),
+        ("linspace", 4, [1000, 667, 334, 1, 0]),
+        ("linspace", 3, [1000, 501, 1, 0]),  # half-way, and rounded as an index from 0, to the even one
+        ("linspace", 1, [1000, 0]),
+    ],
+)
+def test_spacings_by_hand(spacing, steps, expected):
+    assert times(spacing, steps) == pytest.approx(expected, abs=1e-6)
+
+
+def test_spacings_on_another_grid():
+    assert times("leading", 4, 50) == pytest.approx([37, 25, 13, 1, 0], abs=1e-6)
+    assert times("linspace", 4, 50) == pytest.approx([50, 34, 17, 1, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("zero_terminal", [True, False])
+def test_log_snr_spacing_is_even_between_its_ends(kind, zero_terminal):
+    path = levels(kind, 12, spacing="log_snr", zero_terminal=zero_terminal)
+    pure = path[0] == 0
+    assert pure == (zero_terminal or kind == "cosine")
+    even = log_snr(path[:-1][path[:-1] > 0])
+    torch.testing.assert_close(even.diff(), even.diff()[:1].expand(len(even) - 1), rtol=1e-7, atol=0)
+    first = 0.999 if pure else 1.0
+    ends = alpha_bar(kind, torch.tensor([first, 0.001], dtype=F64), zero_terminal=zero_terminal)
+    torch.testing.assert_close(even[[0, -1]], log_snr(ends))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000])
+def test_every_path_rises_to_clean(kind, spacing, steps):
+    for options in ({}, {"zero_terminal": False}, {"shift": -3.0}):
+        path = levels(kind, steps, spacing=spacing, **options)
+        assert path.shape == (steps + 1,)
+        assert path.dtype == F64
+        assert (path.diff() > 0).all()
+        assert path[-1] == 1
+    noisiest = alpha_bar(kind, torch.ones((), dtype=F64))
+    assert (levels(kind, steps, spacing=spacing)[0] == noisiest) == (spacing != "leading" or steps == 1000)
+
+
+def test_spacings_coincide_where_every_level_is_taken():
+    trailing, leading, linspace = (levels("cosine", 1000, spacing=s) for s in ("trailing", "leading", "linspace"))
+    torch.testing.assert_close(leading, trailing, rtol=1e-12, atol=0)
+    torch.testing.assert_close(linspace, trailing, rtol=1e-12, atol=0)
+
+
 def test_log_snr():
     values = log_snr(torch.tensor([0, 0.5, 0.9, 1], dtype=F64))
     torch.testing.assert_close(values, torch.tensor([-math.inf, 0, math.log(9), math.inf], dtype=F64))
@@ -112,3 +211,12 @@ def test_log_snr():
 def test_unknown_kind_names_the_known_ones():
     with pytest.raises(ValueError, match=r"'cosin'.*cosine"):
         alpha_bar("cosin", torch.tensor(0.5))
+
+
+def test_unknown_spacing_and_too_many_steps():
+    with pytest.raises(ValueError, match=r"'karras'.*log_snr"):
+        levels("cosine", 10, spacing="karras")
+    for spacing in ("leading", "linspace"):
+        with pytest.raises(ValueError, match="100 levels to choose from, not 101"):
+            levels("cosine", 101, spacing=spacing, train_steps=100)
+    assert len(levels("cosine", 101, train_steps=100)) == 102

@@ -99,7 +99,7 @@ def levels(
         case "leading":
             path = at((torch.arange(steps - 1, -1, -1) * (train_steps // steps) + 1).double() / train_steps)
         case "linspace":
-            path = at(torch.linspace(train_steps, 1, steps, dtype=torch.float64).round() / train_steps)
+            path = at((torch.linspace(train_steps - 1, 0, steps, dtype=torch.float64).round() + 1) / train_steps)
         case "log_snr":
             path = _even_log_snr(
                 at(torch.tensor([1, 1 - 1 / train_steps, 1 / train_steps], dtype=torch.float64)), steps
