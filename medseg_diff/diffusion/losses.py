@@ -65,4 +65,4 @@ def variational_term(
     variance = step_variance("learned", x_t, alpha_bar_t, alpha_bar_s, fraction)
     ratio = true_variance / variance
     kl = (ratio - ratio.log() - 1 + (true_mean - mean) ** 2 / variance) / 2
-    return kl.reshape(len(kl), -1).mean(1) * inner
+    return kl.reshape(len(kl), -1).mean(1) * inner.to(kl)
