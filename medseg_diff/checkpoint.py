@@ -20,7 +20,7 @@ from medseg_diff import __version__
 from medseg_diff.config import YAML_ERRORS, Config, parse_config, plain
 from medseg_diff.errors import UserError, reason
 from medseg_diff.files import replacing
-from medseg_diff.networks import build_network
+from medseg_diff.networks import build_generator, build_network
 
 FORMAT = "medseg-diff model 1"
 ENVIRONMENT = "MEDSEG_DIFF_MODEL"
@@ -54,14 +54,17 @@ class Model:
 
 def build(config: Config, channels: int, classes: int) -> nn.Module:
     """The network that a configuration asks for, with weights drawn from its seed."""
-    stacked = (
-        channels * (2 * config.data.neighbours + 1)
-        if config.data.spatial_dims == 2 and config.task == "segment"
-        else channels
-    )
+    network, data = config.network, config.data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return build_network(config.network.kind, config.data.spatial_dims, stacked, classes, config.network.widths)
+        if config.task == "generate":
+            inputs = channels + (classes if data.pairs else 0)
+            outputs = inputs * (2 if config.diffusion.variance == "learned" else 1)
+            return build_generator(network.kind, data.spatial_dims, inputs, outputs, network.widths)
+        stacked = channels * (2 * data.neighbours + 1) if data.spatial_dims == 2 else channels
+        return build_network(
+            network.kind, data.spatial_dims, stacked, classes, network.widths, size=data.size, padding=network.padding
+        )
 
 
 def save_model(path: Path, weights: Mapping[str, Tensor], about: Description) -> str:

@@ -40,12 +40,18 @@ class Modality(StrEnum):
     mr = "mr"
 
 
+Sampler = StrEnum("Sampler", {"ddpm": "ddpm", "ddim": "ddim", "dpm": "dpm++", "dpm_sde": "dpm++sde", "heun": "heun"})
+"""How noise becomes a mask or an image."""
+
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", help="A .safetensors file or a run folder; else $MEDSEG_DIFF_MODEL, else the newest run."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="The same seed gives the same bytes.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda; by default cuda where there is one.")]
+SamplerOption = Annotated[
+    Sampler | None, typer.Option("--sampler", help="How noise becomes a mask or an image; by default the model's.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -130,7 +136,8 @@ def segment(
     model: ModelOption = None,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("segmentations"),
     samples: Annotated[int | None, typer.Option(min=2, max=1024, help="Masks to draw.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Calls of the denoiser for a mask.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Steps of the sampler for a mask.")] = None,
+    sampler: SamplerOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
     save: Annotated[
@@ -142,7 +149,7 @@ def segment(
     from medseg_diff.scans.read import find_scans
 
     found = find_scans(scans)
-    loaded = _load(model, device, "segment")
+    loaded = _load(model, device, "segment", sampler)
     from medseg_diff.segment import segment_files
 
     items = [item.strip() for item in save.split(",") if item.strip()]
@@ -167,20 +174,33 @@ def evaluate(
     split: Annotated[Split, typer.Option(help="Which cases: by the model's own split.")] = Split.val,
     predictions: Annotated[Path | None, typer.Option(help="Folder of label maps, instead of a model.")] = None,
     references: Annotated[Path | None, typer.Option(help="Folder of references, for --predictions.")] = None,
+    generated: Annotated[Path | None, typer.Option(help="Folder of generated images, instead of a model.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="The data set to hold them against.")] = None,
     out: Annotated[Path, typer.Option(help="Where summary.json and cases.csv go.")] = Path("evaluation"),
     samples: Annotated[int | None, typer.Option(min=2, max=1024, help="Masks to draw a case.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Calls of the denoiser for a mask.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Steps of the sampler for a mask.")] = None,
+    sampler: SamplerOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
     uri: Annotated[str | None, typer.Option(help="Tracking store; by default mlflow.db here.")] = None,
 ) -> None:
-    """Score a model on a data set, or label maps against references."""
+    """Score a model on a data set, label maps against references, or generated images against a data set."""
+    if generated is not None or reference is not None:
+        if generated is None or reference is None or any(given is not None for given in (model, data, predictions)):
+            advice = "Give --generated and --reference, and no other source."
+            raise UserError("evaluate", "the options do not fit together", advice)
+        from medseg_diff.realism.report import evaluate_generated
+        from medseg_diff.realism.report import table as realism_table
+
+        print(realism_table(evaluate_generated(generated, reference, out, seed=seed, uri=uri)))
+        print(f"written to {out / 'summary.json'} and {out / 'nearest.png'}")
+        return
     if (predictions is None) != (references is None) or (predictions is not None and data is not None):
         advice = "Give --model and --data, or --predictions and --references."
         raise UserError("evaluate", "the options do not fit together", advice)
     if predictions is None and data is None:
         raise UserError("evaluate", "nothing to evaluate", "Give --data ROOT, or --predictions and --references.")
-    loaded = None if predictions else _load(model, device, "segment")
+    loaded = None if predictions else _load(model, device, "segment", sampler)
     from medseg_diff.evaluate import run_evaluation
     from medseg_diff.metrics import table
 
@@ -194,17 +214,37 @@ def evaluate(
 def generate(
     model: ModelOption = None,
     count: Annotated[int, typer.Option(min=1, max=100_000, help="Number of images.")] = 16,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Calls of the network for an image.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Steps of the sampler for an image.")] = None,
+    sampler: SamplerOption = None,
     seed: SeedOption = 0,
     out: Annotated[Path, typer.Option(help="Where the images go.")] = Path("generated"),
+    show_process: Annotated[bool, typer.Option("--show-process", help="Add process.png and process.gif.")] = False,
     device: DeviceOption = None,
 ) -> None:
-    """Draw images from noise: grid.png and one NIfTI file an image."""
-    loaded = _load(model, device, "generate")
+    """Draw images from noise: grid.png and one NIfTI file an image, with its mask where the model makes pairs."""
+    loaded = _load(model, device, "generate", sampler)
     from medseg_diff.generate import generate_files
 
-    paths = generate_files(loaded, out, count, steps=steps, seed=seed)
+    paths = generate_files(loaded, out, count, steps=steps, seed=seed, show_process=show_process)
     print(f"{count} images and {paths[0]}")
+
+
+@app.command()
+def diffusion(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or TIFF image, or a scan.")],
+    size: Annotated[int, typer.Option(min=16, max=256, help="Side of the square it is resized to.")] = 128,
+    schedule: Annotated[str, typer.Option(help="Noise schedule: linear, quadratic, cosine, ...")] = "cosine",
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="Steps from the image to noise.")] = 1000,
+    shown: Annotated[int, typer.Option(min=2, max=16, help="Columns of the figures.")] = 8,
+    seed: SeedOption = 0,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("diffusion"),
+) -> None:
+    """Show what the forward and the reverse process do to an image: no network, its perfect denoiser is known."""
+    from medseg_diff.strip import draw_diffusion
+
+    paths, difference = draw_diffusion(image, out, size=size, schedule=schedule, steps=steps, shown=shown, seed=seed)
+    print(*paths, sep="\n")
+    print(f"largest difference between the forward chain and the closed form: {difference:.1e}")
 
 
 @app.command()
@@ -283,12 +323,13 @@ def run_folder(name: str) -> Path:
     return Path("runs") / name
 
 
-def _load(given: str | None, device: str | None, task: str) -> Any:
+def _load(given: str | None, device: str | None, task: str, sampler: StrEnum | None = None) -> Any:
     from medseg_diff.checkpoint import find_model
 
     path, where = find_model(given, task)
     from medseg_diff.checkpoint import load_model
     from medseg_diff.console import say
+    from medseg_diff.denoising import with_sampler
     from medseg_diff.device import choose_device
 
     model = load_model(path, choose_device(device))
@@ -297,7 +338,7 @@ def _load(given: str | None, device: str | None, task: str) -> Any:
             path, f"is a model of task {model.about.config.task}, not {task}", f"Name a model of task {task}."
         )
     say(f"model: {path} ({where})")
-    return model
+    return with_sampler(model, sampler and sampler.value)
 
 
 def _outline(values: dict[str, Any], indent: int = 0) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import SimpleITK as sitk
 import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
@@ -83,3 +84,20 @@ def interval90(volumes_ml: Float[np.ndarray, "samples"], reported_ml: float) -> 
     """
     low, high = np.quantile(volumes_ml, [0.05, 0.95], method="weibull")
     return float(min(low, reported_ml)), float(max(high, reported_ml))
+
+
+def staple(samples: UInt8[np.ndarray, "samples *space"], classes: int) -> Float[np.ndarray, "{classes} *space"]:
+    """Probabilities of every class by STAPLE (Warfield et al. 2004), label by label, scaled to sum to 1.
+
+    It weighs each sample by its estimated sensitivity and specificity, over the whole volume at once. Where samples
+    agree on a label everywhere there is nothing to estimate (SimpleITK answers NaN for a label that nobody drew), and
+    their opinion stands.
+    """
+    found = np.empty((classes, *samples.shape[1:]), np.float32)
+    for index in range(classes):
+        members = (samples == index).astype(np.uint8)
+        if (members == members[:1]).all():
+            found[index] = members[0]
+        else:
+            found[index] = sitk.GetArrayFromImage(sitk.STAPLE([sitk.GetImageFromArray(m) for m in members], 1.0))
+    return found / found.sum(0)

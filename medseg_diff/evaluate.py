@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from medseg_diff.checkpoint import Model
-from medseg_diff.config import Tracking, flatten, plain
+from medseg_diff.config import SAMPLING, Tracking, flatten, plain
 from medseg_diff.console import progress, say
 from medseg_diff.datasets.layouts import Case, Dataset, digest, read_dataset, split, survey
 from medseg_diff.ensemble import agreement
@@ -39,7 +39,7 @@ def evaluate_model(
     where the model draws samples. `preview` receives a picture of the first case.
     """
     settings, names = model.about.config.segment, model.about.labels
-    drawing = model.about.config.network.kind == "conditional"
+    drawing = model.about.config.network.kind in SAMPLING
     scores: dict[str, dict[int, LabelScore]] = {}
     inside: dict[int, list[bool]] = {value: [] for value in names if value}
     agreements: list[np.ndarray] = []

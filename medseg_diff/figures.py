@@ -1,11 +1,12 @@
 """Figures of training and generation. Drawn without a display, the same bytes for the same content."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -117,21 +118,28 @@ def draw_strip(rows: Sequence[Sequence[tuple[str, np.ndarray]]], aspect: float, 
     _save(figure, path)
 
 
-def draw_grid(images: Float[Tensor, "count *space"], path: Path) -> None:
-    """Generated images side by side; of volumes, the middle slice."""
-    slices = [np.rot90(_middle(image.numpy())) for image in images]
-    columns = int(np.ceil(np.sqrt(len(slices))))
-    rows = -(-len(slices) // columns)
-    low, high = np.percentile(np.stack(slices), [0.5, 99.5])
-    shape = slices[0].shape
-    canvas = np.full((rows * (shape[0] + 2) + 2, columns * (shape[1] + 2) + 2), low, np.float32)
-    for index, picture in enumerate(slices):
-        y, x = 2 + index // columns * (shape[0] + 2), 2 + index % columns * (shape[1] + 2)
-        canvas[y : y + shape[0], x : x + shape[1]] = picture
+def draw_grid(
+    images: Float[Tensor, "count *space"], path: Path, masks: Integer[Tensor, "count *space"] | None = None
+) -> None:
+    """Generated images side by side; of volumes, the middle slice. Label indices in `masks` tint them."""
+    slices = np.stack([np.rot90(_middle(image.numpy())) for image in images])
+    low, high = np.percentile(slices, [0.5, 99.5])
+    pictures = np.clip((slices - low) / (high - low or 1.0), 0, 1)[..., None].repeat(3, -1)
+    if masks is not None:
+        labels = np.stack([np.rot90(_middle(mask.numpy())) for mask in masks])
+        tints = np.array([to_rgb(PALETTE[index % len(PALETTE)]) for index in range(labels.max() + 1)])[labels]
+        pictures = np.where(labels[..., None] > 0, 0.6 * pictures + 0.4 * tints, pictures)
+    columns = int(np.ceil(np.sqrt(len(pictures))))
+    rows = -(-len(pictures) // columns)
+    height, width = pictures.shape[1:3]
+    canvas = np.zeros((rows * (height + 2) + 2, columns * (width + 2) + 2, 3))
+    for index, picture in enumerate(pictures):
+        y, x = 2 + index // columns * (height + 2), 2 + index % columns * (width + 2)
+        canvas[y : y + height, x : x + width] = picture
     scale = max(1, round(900 / max(canvas.shape)))
     figure = Figure(figsize=(canvas.shape[1] * scale / 100, canvas.shape[0] * scale / 100), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(canvas, cmap="gray", vmin=low, vmax=high, interpolation="bicubic", aspect="auto")
+    axes.imshow(canvas, interpolation="bicubic", aspect="auto")
     axes.set_axis_off()
     _save(figure, path)
 
@@ -154,6 +162,8 @@ def draw_process(
     count = len(chosen[0][1][names[0]])
     rows = [[pictures[name][image] for _, pictures in chosen] for image in range(count) for name in names]
     captions = [caption for caption, _ in chosen]
+    tall, wide = rows[0][0].shape[:2]
+    title = textwrap.fill(title, int(24 * len(chosen) * min(1, wide / (tall * aspect))))
     _save(_tiles(rows, names * count, captions, title, limits, aspect, 200), path)
 
 
@@ -219,7 +229,7 @@ def _tiles(
     gap, line = 6, max(22, width // 9)
     size = 0.48 * line
     left = gap + line * any(names)
-    top = gap + line * (bool(title) + max(caption.count("\n") + bool(caption) for caption in captions))
+    top = gap + line * (_lines(title) + max(map(_lines, captions)))
     total = left + len(captions) * (width + gap), top + len(rows) * (height + gap)
     figure = Figure((total[0] / 100, total[1] / 100), 100, facecolor="white")
     canvas = np.full((total[1], total[0], 3), 255, np.uint8)
@@ -241,6 +251,10 @@ def _tiles(
         figure.text(x / total[0], 1 - (top - gap) / total[1], caption, va="bottom", ha="center", size=size)
     figure.text(0.5, 1 - gap / total[1], title, va="top", ha="center", size=size)
     return figure
+
+
+def _lines(text: str) -> int:
+    return len(text.splitlines())
 
 
 def _middle(image: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """A network over a whole scan: window by window, slice by slice, the same noise everywhere for the same sample."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,20 +10,23 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from medseg_diff.checkpoint import Model
+from medseg_diff.config import MASK_DENOISERS, SAMPLING
 from medseg_diff.datasets.pipeline import outside
 from medseg_diff.datasets.slices import cut, with_neighbours
+from medseg_diff.denoising import draw, estimate
 from medseg_diff.device import autocast
-from medseg_diff.diffusion.masks import pool, to_analog
+from medseg_diff.diffusion.masks import from_analog, input_scale, one_hot, pool, to_analog
 from medseg_diff.diffusion.process import input_scale_wiener
-from medseg_diff.diffusion.sampler import sample
-from medseg_diff.diffusion.schedule import levels
-from medseg_diff.ensemble import Tally
-from medseg_diff.networks.blocks import nearest
+from medseg_diff.ensemble import Tally, staple
+from medseg_diff.networks.blocks import Condition, nearest
 from medseg_diff.networks.conditional import STRIDE, Features
 from medseg_diff.windows import Window, importance, pad_to_stride, windows
 
 VOXELS_AT_ONCE = 2_000_000
 """Voxels times samples (or slices) in one call; bounds the memory."""
+
+Watch = Callable[[Tensor, Tensor], None]
+"""Is shown x_t and the soft mask that is estimated from it, both [draws, batch, classes, *grid]."""
 
 NOISE_KEPT = 2**27
 """Numbers of the noise that are kept for the windows to come, 512 MB; what goes beyond is drawn again for each."""
@@ -51,20 +54,23 @@ def predict(
 ) -> Prediction:
     """Mean probabilities and `samples` masks of a prepared scan; masks are written into `keep` where it is given.
 
+    The probabilities are the mean head's, or, of a network without one, what its samples say together.
     `progress` is told of every part that is done, and its share of the whole; the shares add up to 1.
     """
-    data, classes = model.about.config.data, len(model.about.labels)
-    drawing = model.about.config.network.kind == "conditional"
+    config, classes = model.about.config, len(model.about.labels)
+    data, kind = config.data, config.network.kind
+    staple_wanted = kind in MASK_DENOISERS and config.segment.fuse == "staple"
     image = image.to(model.device)
     axis = data.axis if data.spatial_dims == 2 else None
     stack = image if axis is None else image.movedim(axis + 1, 1)
     space = tuple(stack.shape[1:]) if axis is None else tuple(stack.shape[2:])
-    padded = pad_to_stride(space, model.about.config.network.widths)
+    padded = pad_to_stride(space, config.network.widths)
     probabilities = torch.zeros(classes, *stack.shape[1:])
     weights = torch.zeros(space)
-    tally = Tally.empty(samples, classes) if drawing else None
-    kept = keep if keep is None or axis is None else np.moveaxis(keep, axis + 1, 1)
-    noise = Noise(seed, classes, tuple(n // STRIDE for n in padded))
+    tally = Tally.empty(samples, classes) if kind in SAMPLING else None
+    masks = np.empty((samples, *image.shape[1:]), np.uint8) if staple_wanted and keep is None else keep
+    kept = masks if masks is None or axis is None else np.moveaxis(masks, axis + 1, 1)
+    noise = Noise(seed, classes, padded, STRIDE if kind == "conditional" else 1)
     found = windows(space, padded, data.size)
     weight = importance(found[0].size) if len(found) > 1 else torch.ones(padded)
 
@@ -76,35 +82,39 @@ def predict(
         slabs = [slice(None)] if axis is None else _slabs(stack.shape[1], window.size)
         for chosen in slabs:
             batch = part[None] if axis is None else with_neighbours(part, data.neighbours, chosen)
-            with autocast(model.device, model.about.config.train.precision):
-                features = model.network.encode(batch)
-            mean = features.mean_logits.softmax(1).cpu()[_last(within)] * weight[within]
-            where = inside if axis is None else (chosen, *inside)
-            probabilities[(slice(None), *where)] += mean[0] if axis is None else mean.movedim(1, 0)
-            if tally is not None:
+            with autocast(model.device, config.train.precision):
+                condition = model.network.encode(batch)
+            if tally is None:
+                fused = condition.mean_logits.softmax(1)
+            else:
+                drawn, fused = _sampled(model, condition, len(batch), noise, samples, window, steps)
                 core = tuple(slice(c.start - a, c.stop - a) for c, a in zip(window.core, window.start, strict=True))
                 target = window.core if axis is None else (chosen, *window.core)
-                drawn = torch.cat(
-                    [
-                        _draw(model, features, noise, group, window, steps)[_last(core)]
-                        for group in _groups(samples, features.mean_logits)
-                    ]
-                )
-                drawn = drawn[:, 0] if axis is None else drawn
+                drawn = drawn[_last(core)][:, 0] if axis is None else drawn[_last(core)]
                 tally.add(drawn)
                 if kept is not None:
                     kept[(slice(None), *target)] = drawn.cpu().numpy()
+            mean = fused.cpu()[_last(within)] * weight[within]
+            where = inside if axis is None else (chosen, *inside)
+            probabilities[(slice(None), *where)] += mean[0] if axis is None else mean.movedim(1, 0)
             progress(1 / len(found) / len(slabs))
 
-    probabilities /= weights
-    return Prediction(probabilities if axis is None else probabilities.movedim(1, axis + 1), tally, keep)
+    probabilities = probabilities / weights if axis is None else (probabilities / weights).movedim(1, axis + 1)
+    if staple_wanted:
+        assert masks is not None
+        probabilities = torch.from_numpy(staple(masks, classes))
+    return Prediction(probabilities, tally, keep)
 
 
 class Noise:
-    """Standard normal maps on a volume's coarse grid, one a (sample, call): slices and windows share them."""
+    """Standard normal maps on a volume's grid, `stride` times coarser, one a (sample, call).
 
-    def __init__(self, seed: int, classes: int, coarse: tuple[int, ...]) -> None:
-        self.seed, self.classes, self.coarse = seed, classes, coarse
+    Slices and windows share them.
+    """
+
+    def __init__(self, seed: int, classes: int, padded: tuple[int, ...], stride: int) -> None:
+        self.seed, self.classes, self.stride = seed, classes, stride
+        self.coarse = tuple(length // stride for length in padded)
         self.kept: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, sample_index: int, call: int, window: Window) -> Float[Tensor, "classes *coarse"]:
@@ -116,7 +126,7 @@ class Noise:
             if (len(self.kept) + 1) * whole.numel() <= NOISE_KEPT:
                 self.kept[sample_index, call] = whole
         inside = zip(window.start, window.size, strict=True)
-        return whole[(slice(None), *(slice(a // STRIDE, (a + s) // STRIDE) for a, s in inside))]
+        return whole[(slice(None), *(slice(a // self.stride, (a + s) // self.stride) for a, s in inside))]
 
 
 @torch.inference_mode()
@@ -125,26 +135,26 @@ def trace(
 ) -> list[tuple[Tensor, Tensor]]:
     """One sample of a whole prepared scan, in one window, call by call: the noisy mask and the mask drawn from it.
 
-    Both are [classes, x, y, z]: the noisy one, an analog mask, repeated from its coarse grid; the other, probabilities.
+    Both are [classes, x, y, z]: the noisy one, an analog mask, repeated from its grid; the other, probabilities.
     """
-    data, classes = model.about.config.data, len(model.about.labels)
+    config, classes = model.about.config, len(model.about.labels)
+    data, stride = config.data, STRIDE if config.network.kind == "conditional" else 1
     axis = data.axis if data.spatial_dims == 2 else None
     stack = image.to(model.device) if axis is None else image.to(model.device).movedim(axis + 1, 1)
     space = stack.shape[1:] if axis is None else stack.shape[2:]
-    size = pad_to_stride(space, model.about.config.network.widths)
+    size = pad_to_stride(space, config.network.widths)
     window = Window((0,) * len(size), size, tuple(slice(0, n) for n in size))
     batch = stack[None] if axis is None else with_neighbours(stack, data.neighbours)
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def watch(x_t: Tensor, logits: Tensor) -> None:
-        both = nearest(x_t[0], STRIDE), logits[0].softmax(1)
+    def watch(x_t: Tensor, soft: Tensor) -> None:
+        both = nearest(x_t[0], stride) if stride > 1 else x_t[0], soft[0]
         noisy, drawn = (cut(x.cpu(), (0,) * len(space), space) for x in both)
         seen.append((noisy[0], drawn[0]) if axis is None else (noisy.movedim(0, axis + 1), drawn.movedim(0, axis + 1)))
 
-    with autocast(model.device, model.about.config.train.precision):
-        features = model.network.encode(cut(batch, window.start, size, outside(data.modality)))
-    noise = Noise(seed, classes, tuple(n // STRIDE for n in size))
-    _draw(model, features, noise, range(1), window, steps, watch)
+    with autocast(model.device, config.train.precision):
+        condition = model.network.encode(cut(batch, window.start, size, outside(data.modality)))
+    _drawing(model)(model, condition, Noise(seed, classes, size, stride), range(1), window, steps, watch)
     return seen
 
 
@@ -158,50 +168,93 @@ def _slabs(count: int, size: tuple[int, ...]) -> list[slice]:
     return [slice(a, min(a + batch, count)) for a in range(0, count, batch)]
 
 
-def _groups(samples: int, logits: Tensor) -> Iterator[range]:
-    together = max(1, VOXELS_AT_ONCE // logits[:, 0].numel())
-    return (range(a, min(a + together, samples)) for a in range(0, samples, together))
+def _sampled(
+    model: Model, condition: Any, batch: int, noise: Noise, samples: int, window: Window, steps: int
+) -> tuple[UInt8[Tensor, "samples batch *space"], Float[Tensor, "batch classes *space"]]:
+    """Label indices of every sample, and the probabilities to report: the mean head's, else the samples' mean or vote."""
+    kind, fuse = model.about.config.network.kind, model.about.config.segment.fuse
+    together = max(1, VOXELS_AT_ONCE // (batch * int(np.prod(window.size))))
+    drawn, total = [], torch.zeros((), device=model.device)
+    for start in range(0, samples, together):
+        group = range(start, min(start + together, samples))
+        soft = _drawing(model)(model, condition, noise, group, window, steps, _unwatched)
+        drawn.append(soft.argmax(2).to(torch.uint8))
+        if kind in MASK_DENOISERS:
+            total = total + (_votes(drawn[-1], soft.shape[2]) if fuse == "vote" else soft).sum(0)
+    reported = total / samples if kind in MASK_DENOISERS else condition.mean_logits.softmax(1)
+    return torch.cat(drawn), reported
 
 
-def _draw(
-    model: Model,
-    features: Features,
-    noise: Noise,
-    group: range,
-    window: Window,
-    steps: int,
-    watch: Callable[[Tensor, Tensor], None] = lambda x_t, logits: None,
-) -> UInt8[Tensor, "draws batch *space"]:
-    """Label indices of the samples in `group`, every slice of the batch with its volume's noise."""
-    diffusion = model.about.config.diffusion
-    batch = len(features.mean_logits)
+def _votes(drawn: UInt8[Tensor, "draws batch *space"], classes: int) -> Float[Tensor, "draws batch {classes} *space"]:
+    return one_hot(drawn.flatten(0, 1), classes).unflatten(0, drawn.shape[:2])
+
+
+def _drawing(model: Model) -> Callable[..., Float[Tensor, "draws batch classes *space"]]:
+    return _draw_at_once if model.about.config.network.kind == "conditional" else _draw_by_denoising
+
+
+def _draw_at_once(
+    model: Model, features: Features, noise: Noise, group: range, window: Window, steps: int, watch: Watch
+) -> Float[Tensor, "draws batch classes *space"]:
+    """Soft masks of the samples in `group`: a call draws a mask, from the noise that its volume's slices share."""
+    config = model.about.config
+    scale, batch = config.diffusion.scale, len(features.mean_logits)
 
     def maps(call: int) -> Tensor:
         drawn = torch.stack([noise(index, call, window) for index in group]).to(model.device)
         return drawn[:, None].expand(-1, batch, *drawn.shape[1:])
 
-    logits = torch.empty(0)
+    soft = torch.empty(0)
     call = 0
 
     def denoise(x_t: Tensor, alpha_bar: Tensor) -> Tensor:
-        nonlocal logits, call
+        nonlocal soft, call
         z = x_t if alpha_bar == 0 else maps(2 * call)
         call += 1
         level = alpha_bar.to(x_t).expand(batch)
-        with autocast(model.device, model.about.config.train.precision):
-            logits = model.network.denoiser(features, input_scale_wiener(level[0], diffusion.scale) * x_t, level, z)
-        watch(x_t, logits)
-        coarse = pool(logits.softmax(2).flatten(0, 1), STRIDE)
-        return to_analog(coarse, diffusion.scale).unflatten(0, (-1, batch))
+        with autocast(model.device, config.train.precision):
+            logits = model.network.denoiser(features, input_scale_wiener(level[0], scale) * x_t, level, z)
+        soft = logits.softmax(2)
+        watch(x_t, soft)
+        return to_analog(pool(soft.flatten(0, 1), STRIDE), scale).unflatten(0, (-1, batch))
 
-    x_T = maps(0)
+    draw(config, denoise, maps(0), steps, lambda step: maps(2 * step + 1))
+    return soft
 
-    def fresh(step: int) -> Tensor:
-        """The last step adds no noise: whatever stands there is multiplied by 0, and x_T costs nothing."""
-        return maps(2 * step + 1) if step < steps - 1 else x_T
 
-    sample(denoise, x_T, levels(diffusion.schedule, steps), method="ddpm", noise=fresh)
-    return logits.argmax(2).to(torch.uint8)
+def _draw_by_denoising(
+    model: Model, condition: Condition, noise: Noise, group: range, window: Window, steps: int, watch: Watch
+) -> Float[Tensor, "draws batch classes *space"]:
+    """Soft masks of the samples in `group`: step by step from noise at full resolution, shared by a volume's slices."""
+    config = model.about.config
+    scale, batch = config.diffusion.scale, len(condition.maps[0])
+    repeated = Condition(tuple(m.repeat(len(group), *(1,) * (m.ndim - 1)) for m in condition.maps), None)
+
+    def maps(call: int) -> Tensor:
+        drawn = torch.stack([noise(index, call, window) for index in group]).to(model.device)
+        return drawn.repeat_interleave(batch, 0)
+
+    def denoise(x_t: Tensor, alpha_bar: Tensor) -> Any:
+        def call(x: Tensor, level: Tensor) -> Tensor:
+            return model.network.denoise(repeated, input_scale(alpha_bar, scale) * x, level)
+
+        x_0 = estimate(model, call, x_t, alpha_bar)
+        watch(*(x.unflatten(0, (-1, batch)) for x in (x_t, _soft(x_0, scale))))
+        return x_0
+
+    x_0 = draw(config, denoise, maps(0), steps, lambda step: maps(2 * step + 1))
+    return _soft(x_0, scale).unflatten(0, (-1, batch))
+
+
+def _soft(x_0: Float[Tensor, "batch classes *space"], scale: float) -> Float[Tensor, "batch classes *space"]:
+    """Probabilities from an analog mask; where it says nothing, background."""
+    p = from_analog(x_0, scale)
+    p[:, 0] += 1e-6
+    return p / p.sum(1, keepdim=True)
+
+
+def _unwatched(x_t: Tensor, soft: Tensor) -> None:
+    """Nobody looks."""
 
 
 def _mix(*numbers: int) -> int:

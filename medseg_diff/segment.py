@@ -16,8 +16,10 @@ from jaxtyping import Float, Integer
 
 from medseg_diff import __version__
 from medseg_diff.checkpoint import Model
+from medseg_diff.config import SAMPLING
 from medseg_diff.console import progress, say, whole
 from medseg_diff.datasets.pipeline import prepare, preprocessing, restore
+from medseg_diff.denoising import method_of
 from medseg_diff.ensemble import LabelReport, Tally, label_reports, nominal_level
 from medseg_diff.errors import UserError
 from medseg_diff.inference import Prediction, predict
@@ -119,7 +121,7 @@ def segment_files(
     _check_items(items, model)
     reports, refused = [], []
     settings = model.about.config.segment
-    drawing = model.about.config.network.kind == "conditional"
+    drawing = model.about.config.network.kind in SAMPLING
     count = (samples or settings.samples) if drawing else 0
     with progress("segmenting", len(scans)) as advance:
         for path in scans:
@@ -184,6 +186,7 @@ def _segment_file(
             "seed": seed,
             "samples": samples,
             "steps": steps,
+            "sampler": method_of(model.about.config) if samples else None,
             "seconds": round(time.perf_counter() - begin, 3),
             "warnings": warnings,
             "uncertainty": "1 - probability of the reported label",
@@ -230,7 +233,7 @@ def _check_items(items: Sequence[str], model: Model) -> None:
     if unknown or not items:
         what = f"there is no item {', '.join(unknown)}" if unknown else "it names no item"
         raise UserError(f"--save {','.join(items)}", what, f"Choose from {','.join(FILES)}.")
-    if "samples" in items and model.about.config.network.kind != "conditional":
+    if "samples" in items and model.about.config.network.kind not in SAMPLING:
         raise UserError("--save samples", "this model is deterministic, it draws no samples", "Leave samples out.")
 
 

@@ -155,7 +155,7 @@ def _validate(
     save_model(path, weights, about)
     metrics = validate(path, device, cases, held_out, config.seed)
     seeds = [(config.seed, 2**40 + index) for index in range(VALIDATION_BATCHES)]
-    losses = [held_out_loss(state.average, config, held_out, seed) for seed in seeds]
+    losses = [held_out_loss(state.average, config, held_out, len(dataset.labels), seed) for seed in seeds]
     metrics["val/loss"] = float(torch.stack(losses).mean())
     save_model(path, weights, replace(about, scores=metrics))
     found = metrics.get("val/dice", -metrics["val/loss"])

@@ -34,7 +34,7 @@ def dicom() -> Path:
 LABELS = {0: "background", 7: "core", 205: "shell"}
 
 
-def untrained(path: Path, kind: str = "conditional", dims: int = 3, **changes: Any) -> Path:
+def untrained(path: Path, kind: str = "conditional", dims: int = 3, task: str | None = None, **changes: Any) -> Path:
     """A tiny model file whose silent layers are given a voice; it draws masks of every label, if not good ones."""
     import torch
 
@@ -42,7 +42,7 @@ def untrained(path: Path, kind: str = "conditional", dims: int = 3, **changes: A
     from medseg_diff.config import parse_config
 
     content = {
-        "task": "generate" if kind == "unconditional" else "segment",
+        "task": task or ("generate" if kind == "unconditional" else "segment"),
         "data": {"root": "nowhere", "spacing_mm": [1, 1, 1], "spatial_dims": dims, "size": [16] * dims, "axis": 2},
         "network": {"kind": kind, "widths": [8, 8, 8, 8]},
         "train": {"precision": "fp32"},
@@ -64,7 +64,7 @@ def untrained(path: Path, kind: str = "conditional", dims: int = 3, **changes: A
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Files of tiny untrained models: volumes, slices, unet, unconditional, unconditional_slices."""
+    """Files of tiny untrained models: volumes, slices, unet, unconditional and denoisers of masks and of pairs."""
     folder = tmp_path_factory.mktemp("models")
     return {
         "volumes": untrained(folder / "volumes.safetensors"),
@@ -72,4 +72,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "unet": untrained(folder / "unet.safetensors", "unet"),
         "unconditional": untrained(folder / "unconditional.safetensors", "unconditional"),
         "unconditional_slices": untrained(folder / "unconditional_slices.safetensors", "unconditional", dims=2),
+        "pairs": untrained(folder / "pairs.safetensors", "unconditional", dims=2, data_pairs=True),
+        "v1": untrained(folder / "v1.safetensors", "medsegdiff_v1", dims=2),
+        "v2": untrained(folder / "v2.safetensors", "medsegdiff_v2", dims=2),
+        "classic": untrained(folder / "classic.safetensors", "classic_unet"),
     }

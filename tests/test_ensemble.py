@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from medseg_diff import ensemble
-from medseg_diff.ensemble import Tally, agreement, interval90, nominal_level
+from medseg_diff.ensemble import Tally, agreement, interval90, nominal_level, staple
 
 
 def tally_of(labels: torch.Tensor, classes: int) -> Tally:
@@ -62,3 +62,46 @@ def test_the_interval_holds_what_is_reported():
     assert interval90(volumes, 5.0) == (1.0, 19.0)
     assert interval90(volumes, 0.0) == (0.0, 19.0)
     assert interval90(volumes, 30.0) == (1.0, 30.0)
+
+
+def raters(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A truth of two labels, and five samples of which three are careless."""
+    rng = np.random.default_rng(seed)
+    truth = np.zeros((12, 12, 12), np.uint8)
+    truth[2:7, 2:10, 2:10], truth[7:10, 2:10, 2:10] = 1, 2
+    wrong = rng.random((5, *truth.shape)) < np.array([0.05, 0.05, 0.45, 0.45, 0.45])[:, None, None, None]
+    return truth, np.where(wrong, rng.integers(0, 3, wrong.shape), truth).astype(np.uint8)
+
+
+def test_staple_trusts_those_who_agree():
+    """Two careful samples against three careless ones: STAPLE finds out whom to trust, a vote does not."""
+    truth, samples = raters()
+    found = staple(samples, 3)
+    assert found.shape == (3, *truth.shape)
+    np.testing.assert_allclose(found.sum(0), 1, atol=1e-5)
+    votes = np.stack([(samples == k).mean(0) for k in range(3)]).argmax(0)
+    assert (found.argmax(0) != truth).mean() < 0.7 * (votes != truth).mean()
+
+
+def test_staple_is_em_by_hand():
+    """One label and its background, against Warfield's two steps written out."""
+    rng = np.random.default_rng(1)
+    truth = rng.random(4000) < 0.3
+    drawn = np.stack([np.where(rng.random(4000) < wrong, ~truth, truth) for wrong in (0.1, 0.2, 0.4)])
+    prior, sensitivity, specificity = drawn.mean(), np.full(3, 0.99), np.full(3, 0.99)
+    for _ in range(300):
+        a = prior * np.prod(np.where(drawn, sensitivity[:, None], 1 - sensitivity[:, None]), 0)
+        b = (1 - prior) * np.prod(np.where(drawn, 1 - specificity[:, None], specificity[:, None]), 0)
+        weight = a / (a + b)
+        sensitivity = (drawn * weight).sum(1) / weight.sum()
+        specificity = (~drawn * (1 - weight)).sum(1) / (1 - weight).sum()
+    found = staple(drawn.reshape(3, 20, 20, 10).astype(np.uint8), 2)[1].ravel()
+    np.testing.assert_allclose(found, weight, atol=0.05)
+
+
+def test_staple_of_samples_that_agree_or_are_empty():
+    truth, _ = raters()
+    found = staple(np.stack([truth] * 3), 4)
+    assert np.isfinite(found).all()
+    assert np.array_equal(found.argmax(0), truth)
+    assert (found[3] == 0).all()

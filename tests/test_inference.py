@@ -10,17 +10,18 @@ from medseg_diff import inference
 from medseg_diff.checkpoint import Model, load_model
 from medseg_diff.datasets.slices import with_neighbours
 from medseg_diff.inference import Noise, predict, trace
-from medseg_diff.networks.blocks import nearest
+from medseg_diff.networks.blocks import Condition, nearest
 from medseg_diff.networks.conditional import STRIDE, Features
 from medseg_diff.windows import Window, pad_to_stride, windows
 
 CPU = torch.device("cpu")
 SHAPE = (34, 20, 18)
+KINDS = ("volumes", "slices", "unet", "v1", "v2", "classic")
 
 
 @pytest.fixture(scope="module")
 def model(models) -> dict[str, Model]:
-    return {name: load_model(models[name], CPU) for name in ("volumes", "slices", "unet")}
+    return {name: load_model(models[name], CPU) for name in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_slices_share_the_noise_of_their_volume(model, axis):
 
 
 def test_noise_of_a_window_is_the_crop_of_the_volumes():
-    noise = Noise(3, 2, (12, 8))
+    noise = Noise(3, 2, (48, 32), 4)
     whole = noise(1, 0, Window((0, 0), (48, 32), (slice(0, 48), slice(0, 32))))
     part = noise(1, 0, Window((16, 0), (32, 16), (slice(16, 48), slice(0, 16))))
     assert torch.equal(part, whole[:, 4:12, 0:4])
@@ -123,22 +124,22 @@ def test_noise_of_a_window_is_the_crop_of_the_volumes():
 def test_noises_are_standard_normal_and_independent():
     window = Window((0, 0), (256, 256), (slice(0, 256), slice(0, 256)))
     keys = [(seed, sample, call) for seed in (0, 1) for sample in (0, 1) for call in (0, 1)]
-    maps = torch.stack([Noise(s, 3, (64, 64))(i, c, window).flatten() for s, i, c in keys])
+    maps = torch.stack([Noise(s, 3, (256, 256), 4)(i, c, window).flatten() for s, i, c in keys])
     assert (maps.mean(1).abs() < 0.05).all()
     assert ((maps.var(1) - 1).abs() < 0.06).all()
     assert ((torch.corrcoef(maps) - torch.eye(len(keys))).abs() < 0.05).all()
 
 
-@pytest.mark.parametrize("kind", ["volumes", "slices"])
+@pytest.mark.parametrize("kind", ["volumes", "slices", "v1", "classic"])
 def test_samples_do_not_depend_on_how_they_are_grouped(model, image, kind, monkeypatch):
     together, all_at_once = drawn(model[kind], image, steps=2)
     monkeypatch.setattr(inference, "VOXELS_AT_ONCE", 5_000)
     apart, one_by_one = drawn(model[kind], image, steps=2)
     assert (all_at_once == one_by_one).mean() > 0.999, "only a tie may fall otherwise"
-    torch.testing.assert_close(together.probabilities, apart.probabilities, atol=1e-4, rtol=0)
+    torch.testing.assert_close(together.probabilities, apart.probabilities, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["volumes", "slices"])
+@pytest.mark.parametrize("kind", ["volumes", "slices", "v2", "classic"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_seed_decides_every_sample(model, image, kind, steps):
     _, first = drawn(model[kind], image, steps=steps)
@@ -152,7 +153,7 @@ def test_a_seed_decides_every_sample(model, image, kind, steps):
     assert not np.array_equal(first[0], first[1])
 
 
-@pytest.mark.parametrize("kind", ["volumes", "slices"])
+@pytest.mark.parametrize("kind", ["volumes", "slices", "v1", "classic"])
 def test_the_tally_counts_the_samples(model, image, kind):
     found, masks = drawn(model[kind], image)
     for index in range(3):
@@ -227,6 +228,89 @@ def test_a_trace_shows_how_the_first_sample_came_about(model, image, kind):
     assert (seen[-1][1].argmax(0).numpy() == masks[0]).mean() > 0.999
     first = seen[0][0] if kind == "volumes" else seen[0][0][:, :, 7]
     coarse = tuple(n // STRIDE for n in pad_to_stride(tuple(first.shape[1:]), (8, 8, 8, 8)))
-    x_T = Noise(0, 3, coarse)(0, 0, Window((0,) * len(coarse), tuple(STRIDE * n for n in coarse), ()))
+    size = tuple(STRIDE * n for n in coarse)
+    x_T = Noise(0, 3, size, STRIDE)(0, 0, Window((0,) * len(coarse), size, ()))
     on_grid = first[(..., *[slice(None, None, STRIDE)] * len(coarse))]
     assert torch.equal(on_grid, x_T[(..., *map(slice, on_grid.shape[1:]))])
+
+
+class Knowing(nn.Module):
+    """A denoiser of masks that says x_0 of a known mask, or of one of two by the sign of x_t's mean."""
+
+    def __init__(self, masks: list[Tensor], axis: int) -> None:
+        super().__init__()
+        self.masks, self.axis, self.calls = masks, axis, 0
+
+    def encode(self, image: Tensor) -> Condition:
+        return Condition((image,), None)
+
+    def denoise(self, condition: Condition, x_t: Tensor, level: Tensor) -> Tensor:
+        self.calls += 1
+        chosen = (x_t.flatten(1).mean(1) > 0).long() % len(self.masks)
+        stacked = torch.stack(self.masks)[chosen]
+        return stacked[..., : x_t.shape[-2], : x_t.shape[-1]]
+
+
+def knowing(model: Model, masks: list[Tensor], **segment: object) -> Model:
+    """Slices along x of a scan of 20 x 18, padded to 24 x 24; the network predicts x_0 in [-1, 1]."""
+    told = settings(model, Knowing(masks, 0), axis=0, neighbours=0, size=(32, 32))
+    config = told.about.config
+    changed = {
+        "diffusion": config.diffusion.model_copy(update={"prediction": "x0", "scale": 1.0}),
+        "segment": config.segment.model_copy(update=segment),
+    }
+    return replace(told, about=replace(told.about, config=config.model_copy(update=changed)))
+
+
+def analog(label: int) -> Tensor:
+    mask = -torch.ones(3, 32, 32)
+    mask[0] = 1
+    mask[:, 4:9, 4:9] = -1
+    mask[label, 4:9, 4:9] = 1
+    return mask
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "dpm++sde", "heun"])
+@pytest.mark.parametrize("fuse", ["mean", "vote", "staple"])
+def test_a_denoiser_that_knows_the_mask_draws_it(model, image, sampler, fuse):
+    told = knowing(model["v1"], [analog(2)], sampler=sampler, fuse=fuse)
+    found, masks = drawn(told, image, steps=4)
+    expected = analog(2).argmax(0)[:20, :18]
+    assert (masks == expected.numpy()).all()
+    assert torch.equal(found.probabilities.argmax(0), expected.expand(34, 20, 18))
+    assert found.probabilities.min() >= 0
+    torch.testing.assert_close(found.probabilities.sum(0), torch.ones(SHAPE))
+    assert told.network.calls == (6 if sampler == "heun" else 4), "not twice from pure noise nor to clean"
+
+
+def test_what_samples_say_together_is_reported(model, image):
+    """Two masks, drawn by the noise: a voxel's probability is the share of the samples that have it."""
+    told = knowing(model["v1"], [analog(1), analog(2)])
+    found, masks = drawn(told, image, samples=6, steps=1)
+    share = (masks == 2).mean(0)
+    assert 0 < share[0, 5, 5] < 1
+    torch.testing.assert_close(found.probabilities[2].numpy(), share, atol=1e-5, rtol=0, check_dtype=False)
+    voted = predict(knowing(model["v1"], [analog(1), analog(2)], fuse="vote"), image, samples=6, steps=1, seed=0)
+    torch.testing.assert_close(voted.probabilities, found.probabilities, atol=1e-5, rtol=0)
+    assert voted.samples is None
+
+
+def test_a_voice_beside_a_mask_is_heard_by_the_mean_and_not_by_the_vote(model, image):
+    unsure = analog(1) * 0.2
+    mean, vote = (
+        predict(knowing(model["v1"], [unsure], fuse=fuse), image, samples=2, steps=1, seed=0).probabilities[1, 0, 5, 5]
+        for fuse in ("mean", "vote")
+    )
+    assert mean.item() == pytest.approx(0.6 / 1.4, abs=1e-4)
+    assert vote == 1
+
+
+@pytest.mark.parametrize("kind", ["v1", "classic"])
+def test_a_trace_of_a_denoiser_goes_from_noise_to_the_mask(model, image, kind):
+    size = (48, 48, 48)[: model[kind].about.config.data.spatial_dims]
+    one_window = settings(model[kind], size=size)
+    _, masks = drawn(one_window, image, steps=3)
+    seen = trace(one_window, image, steps=3, seed=0)
+    assert [(tuple(noisy.shape), tuple(p.shape)) for noisy, p in seen] == [((3, *SHAPE),) * 2] * 3
+    assert (seen[-1][1].argmax(0).numpy() == masks[0]).mean() > 0.99
+    assert seen[0][0].std().item() == pytest.approx(1, abs=0.05)

@@ -11,7 +11,7 @@ from medseg_diff.networks.medsegdiff_v2 import AnchorCondition, MedSegDiffV2, Ne
 
 FOUR, FIVE = (8, 8, 16, 16), (8, 8, 16, 16, 24)
 SIZE = (16, 32, 16)
-KINDS = {"v1": MedSegDiffV1, "v2": MedSegDiffV2}
+KINDS = {"v1": MedSegDiffV1, "v2": lambda *options: MedSegDiffV2(*options[:-1])}
 
 
 def build(kind: str, dims: int = 2, classes: int = 3, widths: tuple[int, ...] = FOUR) -> nn.Module:

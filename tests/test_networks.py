@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medseg_diff.networks import build_network
+from medseg_diff.config import MASK_DENOISERS
+from medseg_diff.networks import build_generator, build_network
 from medseg_diff.networks.blocks import LevelEmbedding, UNet
 from medseg_diff.networks.conditional import STRIDE, ConditionalNet
 
@@ -27,7 +28,7 @@ def awakened(network: nn.Module) -> nn.Module:
 
 def conditional(dims: int = 2, classes: int = 3, widths: tuple[int, ...] = FOUR) -> ConditionalNet:
     torch.manual_seed(0)
-    return awakened(build_network("conditional", dims, 1, classes, widths))
+    return awakened(build_network("conditional", dims, 1, classes, widths, size=(16,) * dims))
 
 
 def inputs(dims: int, classes: int, batch: int = 2, draws: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,13 +54,28 @@ def test_a_draw_covers_the_image_class_by_class(dims, widths, classes):
 @pytest.mark.parametrize("widths", [FOUR, FIVE])
 def test_other_kinds_keep_the_size(dims, widths):
     image, level = random(2, 3, *(16,) * dims), torch.tensor([0.0, 1.0])
-    assert build_network("unet", dims, 3, 4, widths)(image).shape == (2, 4, *(16,) * dims)
-    assert build_network("unconditional", dims, 3, 4, widths)(image, level).shape == image.shape
+    assert build_network("unet", dims, 3, 4, widths, size=(16,) * dims)(image).shape == (2, 4, *(16,) * dims)
+    for kind in ("unconditional", "classic_unet"):
+        assert build_generator(kind, dims, 3, 6, widths)(image, level).shape == (2, 6, *(16,) * dims)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("widths", [FOUR, FIVE])
+@pytest.mark.parametrize("kind", MASK_DENOISERS)
+def test_denoisers_of_masks_answer_class_by_class(kind, dims, widths):
+    image, x_t, level = random(2, 3, *(32,) * dims), random(2, 4, *(32,) * dims), torch.tensor([0.0, 1.0])
+    network = awakened(build_network(kind, dims, 3, 4, widths, size=(16,) * dims))
+    output, condition = network(image, x_t, level)
+    assert output.shape == x_t.shape
+    assert (condition is not None) == (kind == "medsegdiff_v2")
+    torch.testing.assert_close(network.denoise(network.encode(image), x_t, level), output)
 
 
 def test_an_unknown_kind_is_an_error():
     with pytest.raises(ValueError, match="transformer"):
-        build_network("transformer", 2, 1, 2, FOUR)
+        build_network("transformer", 2, 1, 2, FOUR, size=(16, 16))
+    with pytest.raises(ValueError, match="unet"):
+        build_generator("unet", 2, 1, 1, FOUR)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -72,8 +88,11 @@ def losses() -> dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor]]]:
     image, x_t, level, noise = inputs(2, 3)
     return {
         "conditional": (conditional(), lambda net: sum(o.square().mean() for o in net(image, x_t, level, noise))),
-        "unet": (build_network("unet", 2, 1, 3, FIVE), lambda net: net(image).square().mean()),
-        "unconditional": (build_network("unconditional", 2, 1, 3, FOUR), lambda net: net(image, level).square().mean()),
+        "unet": (build_network("unet", 2, 1, 3, FIVE, size=(32, 32)), lambda net: net(image).square().mean()),
+        "unconditional": (
+            build_generator("unconditional", 2, 1, 1, FOUR),
+            lambda net: net(image, level).square().mean(),
+        ),
     }
 
 
@@ -87,7 +106,7 @@ def test_a_gradient_reaches_every_parameter(kind):
 
 def test_an_untrained_draw_is_the_mean_heads_answer():
     torch.manual_seed(0)
-    mean, drawn = build_network("conditional", 2, 1, 3, FOUR)(*inputs(2, 3))
+    mean, drawn = build_network("conditional", 2, 1, 3, FOUR, size=(16, 32))(*inputs(2, 3))
     assert torch.equal(drawn, mean.expand_as(drawn))
 
 

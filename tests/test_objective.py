@@ -4,10 +4,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from medseg_diff.diffusion.losses import loss_weight
 from medseg_diff.diffusion.masks import one_hot
-from medseg_diff.diffusion.process import noise_from_x0, velocity
-from medseg_diff.networks import build_network
-from medseg_diff.training.objective import EnergyScore, conditional_loss, draw_levels, generation_loss, unet_loss
+from medseg_diff.diffusion.process import target, velocity
+from medseg_diff.networks import build_generator, build_network
+from medseg_diff.training.batch import draw_times
+from medseg_diff.training.objective import (
+    EnergyScore,
+    conditional_loss,
+    dice_loss,
+    generation_loss,
+    mask_loss,
+    unet_loss,
+)
 
 SIDE = 16
 TYPICAL = (math.sqrt(SIDE**2) + math.sqrt((SIDE / 4) ** 2) + 1 + 1) / 4
@@ -93,11 +102,11 @@ def test_a_perfect_draw_has_a_finite_gradient():
 
 
 def test_levels_lie_on_the_grid_and_half_are_pure_noise():
-    t = draw_levels(20_000, 10, 0.5, generator())
+    t = draw_times(20_000, 10, 0.5, generator())
     assert set(t.mul(10).round(decimals=4).tolist()) == set(range(1, 11))
     assert (t == 1).float().mean().item() == pytest.approx(0.5 + 0.5 / 10, abs=0.02)
-    assert (draw_levels(100, 1000, 1.0, generator()) == 1).all()
-    assert (draw_levels(10_000, 1000, 0.0, generator()) == 1).float().mean() < 0.01
+    assert (draw_times(100, 1000, 1.0, generator()) == 1).all()
+    assert (draw_times(10_000, 1000, 0.0, generator()) == 1).float().mean() < 0.01
 
 
 class Watched(nn.Module):
@@ -113,7 +122,24 @@ class Watched(nn.Module):
         return self.module(*inputs)
 
 
-OPTIONS = {"classes": 3, "scale": 0.5, "draws": 3}
+class Constant(nn.Module):
+    """Says the same whatever it is asked."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.output
+
+
+OPTIONS = {"classes": 3, "scale": 0.5}
+PREDICTED = {"prediction": "velocity", "weighting": "uniform"}
+
+
+def coarse_noise() -> Tensor:
+    """Of x_t and of three draws."""
+    return torch.randn(2, 4, 3, 8, 4, generator=generator(3))
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -124,14 +150,19 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_losses_call_the_wrapped_network_once():
     image, labels = batch()
     level = torch.tensor([0.0, 0.5])
-    networks = {kind: Watched(build_network(kind, 2, 1, 3, (8, 8, 8, 8))) for kind in ("conditional", "unet")}
+    networks = {
+        kind: Watched(build_network(kind, 2, 1, 3, (8, 8, 8, 8), size=(32, 16))) for kind in ("conditional", "unet")
+    }
     conditional_loss(
-        networks["conditional"], image, labels, level, generator(), **OPTIONS, mean_weight=5.0, score=EnergyScore()
+        networks["conditional"], image, labels, level, coarse_noise(), **OPTIONS, mean_weight=5.0, score=EnergyScore()
     ).backward()
     unet_loss(networks["unet"], image, labels, classes=3).backward()
-    networks["unconditional"] = Watched(build_network("unconditional", 2, 1, 3, (8, 8, 8, 8)))
-    generation_loss(networks["unconditional"], image, level, generator()).backward()
-    assert [len(network.calls) for network in networks.values()] == [1, 1, 1]
+    networks["unconditional"] = Watched(build_generator("unconditional", 2, 1, 1, (8, 8, 8, 8)))
+    generation_loss(networks["unconditional"], image, level, torch.randn_like(image), **PREDICTED).backward()
+    networks["v2"] = Watched(build_network("medsegdiff_v2", 2, 1, 3, (8, 8, 8, 8), size=(32, 16)))
+    noise = torch.randn(2, 3, 32, 16, generator=generator(3))
+    mask_loss(networks["v2"], image, labels, level, noise, **OPTIONS, **PREDICTED, teach_condition=True).backward()
+    assert [len(network.calls) for network in networks.values()] == [1, 1, 1, 1]
 
 
 class Oracle(nn.Module):
@@ -152,7 +183,7 @@ def test_the_truth_has_no_conditional_loss():
     def loss(mean: Tensor, drawn: Tensor) -> float:
         network, level = Oracle(mean, drawn), torch.zeros(2)
         return conditional_loss(
-            network, image, labels, level, generator(), **OPTIONS, mean_weight=5.0, score=plain_score()
+            network, image, labels, level, coarse_noise(), **OPTIONS, mean_weight=5.0, score=plain_score()
         ).item()
 
     assert loss(sure, sure) == pytest.approx(0, abs=1e-4)
@@ -162,9 +193,9 @@ def test_the_truth_has_no_conditional_loss():
 
 def test_draws_share_a_noisy_mask_that_vanishes_at_pure_noise():
     image, labels = batch()
-    network = Watched(build_network("conditional", 2, 1, 3, (8, 8, 8, 8)))
+    network = Watched(build_network("conditional", 2, 1, 3, (8, 8, 8, 8), size=(32, 16)))
     level = torch.tensor([0.0, 1.0])
-    conditional_loss(network, image, labels, level, generator(), **OPTIONS, mean_weight=5.0, score=EnergyScore())
+    conditional_loss(network, image, labels, level, coarse_noise(), **OPTIONS, mean_weight=5.0, score=EnergyScore())
     [(_, x_t, found_level, noise)] = network.calls
     assert x_t.shape == noise.shape == (3, 2, 3, 8, 4)
     assert torch.equal(found_level, level)
@@ -178,14 +209,6 @@ def test_draws_share_a_noisy_mask_that_vanishes_at_pure_noise():
 def test_unet_loss_of_the_truth_and_of_a_shrug():
     image, labels = batch()
 
-    class Constant(nn.Module):
-        def __init__(self, logits: Tensor) -> None:
-            super().__init__()
-            self.logits = logits
-
-        def forward(self, image: Tensor) -> Tensor:
-            return self.logits
-
     assert unet_loss(Constant(50 * one_hot(labels, 3)), image, labels, classes=3).item() == pytest.approx(0, abs=1e-4)
     n, sizes = labels.numel(), [(labels == k).sum().item() for k in (1, 2)]
     dice = sum((2 * size / 3 + 1) / (size + n / 3 + 1) for size in sizes) / 2
@@ -193,18 +216,53 @@ def test_unet_loss_of_the_truth_and_of_a_shrug():
     assert shrug == pytest.approx(math.log(3) + 1 - dice, abs=1e-4)
 
 
-def test_the_perfect_velocity_has_no_loss():
-    image = torch.randn(2, 1, 16, 16, generator=generator(1))
+@pytest.mark.parametrize("prediction", ["velocity", "x0", "noise"])
+@pytest.mark.parametrize("weighting", ["uniform", "min_snr", "level"])
+def test_a_perfect_prediction_has_no_loss_and_silence_that_of_its_target(prediction, weighting):
+    image, noise = (torch.randn(2, 1, 16, 16, generator=generator(seed)) for seed in (1, 2))
+    level = torch.tensor([0.3, 0.7])
+    wanted = target(prediction, image, noise, level)
 
-    class Perfect(nn.Module):
-        def forward(self, x_t: Tensor, level: Tensor) -> Tensor:
-            return velocity(image, noise_from_x0(x_t, image, level), level)
+    def loss(output: Tensor) -> float:
+        network = Constant(output)
+        return generation_loss(network, image, level, noise, prediction=prediction, weighting=weighting).item()
 
-    assert generation_loss(Perfect(), image, torch.tensor([0.0, 0.7]), generator()).item() == pytest.approx(0, abs=1e-8)
+    assert loss(wanted) == pytest.approx(0, abs=1e-8)
+    weights = loss_weight(weighting, prediction, level)
+    expected = (weights * wanted.square().mean((1, 2, 3))).mean().item()
+    assert loss(torch.zeros_like(wanted)) == pytest.approx(expected, rel=1e-5)
 
-    class Silent(nn.Module):
-        def forward(self, x_t: Tensor, level: Tensor) -> Tensor:
-            return torch.zeros_like(x_t)
 
-    pure = generation_loss(Silent(), image, torch.zeros(2), generator()).item()
-    assert pure == pytest.approx(image.square().mean().item()), "at pure noise it asks for -x_0"
+def test_masks_are_denoised_at_unit_variance_and_the_condition_is_taught_on_demand():
+    image, labels = batch()
+    level, noise = torch.tensor([0.0, 0.5]), torch.randn(2, 3, 32, 16, generator=generator(3))
+    x_0 = 2 * 0.5 * one_hot(labels, 3) - 0.5
+
+    class Taught(nn.Module):
+        def forward(self, image: Tensor, x_t: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+            self.seen = x_t
+            return velocity(x_0, noise, torch.tensor([0.0, 0.5])), torch.zeros(2, 3, 32, 16)
+
+    network = Taught()
+    assert mask_loss(network, image, labels, level, noise, **OPTIONS, **PREDICTED).item() == pytest.approx(0, abs=1e-8)
+    torch.testing.assert_close(network.seen[0], noise[0])
+    torch.testing.assert_close(network.seen[1], (math.sqrt(0.5) * (x_0 + noise) / math.sqrt(0.5 * 0.25 + 0.5))[1])
+    found = mask_loss(network, image, labels, level, noise, **OPTIONS, **PREDICTED, teach_condition=True).item()
+    flat = torch.zeros(2, 3, 32, 16)
+    assert found == pytest.approx(dice_loss(flat, one_hot(labels, 3)).item() + 10 * math.log(3), rel=1e-5)
+
+
+def test_the_bound_teaches_the_variance_and_not_the_estimate():
+    image, noise = (torch.randn(2, 1, 16, 16, generator=generator(seed)) for seed in (1, 2))
+    level, cleaner = torch.tensor([0.5, 0.9]), torch.tensor([0.52, 0.91])
+    output = torch.randn(2, 2, 16, 16, generator=generator(4)).requires_grad_()
+
+    def gradient(**options: Tensor) -> Tensor:
+        network = Constant(output if options else output[:, :1])
+        loss = generation_loss(network, image, level, noise, **PREDICTED, **options)
+        return torch.autograd.grad(loss, output)[0]
+
+    plain, learned = gradient(), gradient(cleaner=cleaner)
+    torch.testing.assert_close(learned[:, :1], plain[:, :1])
+    assert (learned[:, 1:] != 0).any()
+    assert (plain[:, 1:] == 0).all()

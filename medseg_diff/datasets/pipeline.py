@@ -139,3 +139,9 @@ def _shift(slices: int) -> Float[np.ndarray, "4 4"]:
     matrix = np.eye(4)
     matrix[2, 3] = slices
     return matrix
+
+
+def original_intensities(image: Float[Tensor, "*shape"], data: Data) -> Float[Tensor, "*shape"]:
+    """Hounsfield units from what the window made of them; MR, normalized scan by scan, stays as it is."""
+    low, high = data.window_hu
+    return (image + 1) / 2 * (high - low) + low if data.modality == "ct" else image

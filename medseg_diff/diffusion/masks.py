@@ -38,3 +38,8 @@ def pool(x: Float[Tensor, "batch K *space"], factor: int) -> Float[Tensor, "batc
     if any(size % factor for size in space):
         raise ValueError(f"blocks of {factor} voxels do not tile a grid of {'x'.join(map(str, space))}")
     return functional.avg_pool3d(x, factor) if len(space) == 3 else functional.avg_pool2d(x, factor)
+
+
+def input_scale(alpha_bar: Float[Tensor, "*batch"], b: float) -> Float[Tensor, "*batch"]:
+    """The factor that gives x_t of a mask in [-b, b] unit variance: 1 where b is 1 (Chen 2023, section 3)."""
+    return (alpha_bar * b**2 + 1 - alpha_bar).rsqrt()

@@ -137,8 +137,7 @@ class MedSegDiffV2(nn.Module):
     which has frequencies, and not the affinities, which pair them. Heads are HEAD complex channels wide.
     """
 
-    def __init__(self, dims: int, channels: int, classes: int, widths: tuple[int, ...], size: tuple[int, ...]) -> None:
-        """`size`, as version 1 takes it, decides nothing here: the filters are functions of the frequency."""
+    def __init__(self, dims: int, channels: int, classes: int, widths: tuple[int, ...]) -> None:
         super().__init__()
         embedding = 4 * widths[0]
         self.condition = UNet(dims, channels, widths)

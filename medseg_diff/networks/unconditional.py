@@ -8,19 +8,19 @@ from medseg_diff.networks.blocks import GROUPS, LevelEmbedding, UNet, convolutio
 
 
 class UnconditionalNet(nn.Module):
-    """U-Net that predicts the velocity v of an image (Salimans & Ho 2022, appendix D)."""
+    """Residual U-Net that hears the noise level; as many outputs as inputs, or twice as many to learn the variance."""
 
-    def __init__(self, dims: int, channels: int, widths: tuple[int, ...], embedding: int = 128) -> None:
+    def __init__(self, dims: int, inputs: int, outputs: int, widths: tuple[int, ...], embedding: int = 128) -> None:
         super().__init__()
         self.embed = LevelEmbedding(embedding)
-        self.unet = UNet(dims, channels, widths, embedding)
+        self.unet = UNet(dims, inputs, widths, embedding)
         self.norm = nn.GroupNorm(GROUPS, widths[0])
-        self.head = convolution(dims, widths[0], channels)
+        self.head = convolution(dims, widths[0], outputs)
         start_at_zero(self.head)
 
     def forward(
-        self, x_t: Float[Tensor, "batch channels *space"], alpha_bar: Float[Tensor, "batch"]
-    ) -> Float[Tensor, "batch channels *space"]:
-        """Velocity at the noise level alpha_bar."""
+        self, x_t: Float[Tensor, "batch inputs *space"], alpha_bar: Float[Tensor, "batch"]
+    ) -> Float[Tensor, "batch outputs *space"]:
+        """What the configuration wants predicted (velocity, x_0 or noise) at the noise level alpha_bar."""
         h = self.unet(x_t, self.embed(alpha_bar))[0]
         return self.head(functional.silu(self.norm(h))).float()

@@ -8,12 +8,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medseg_diff.diffusion.masks import one_hot, pool, to_analog
-from medseg_diff.diffusion.process import add_noise, input_scale_wiener, velocity
+from medseg_diff.diffusion.losses import loss_weight, variational_term
+from medseg_diff.diffusion.masks import input_scale, one_hot, pool, to_analog
+from medseg_diff.diffusion.process import add_noise, input_scale_wiener, target, x0_from
 from medseg_diff.networks.conditional import STRIDE
+
+CONDITION_CE = 10.0
+"""beta of MedSegDiff-V2: the weight of cross-entropy beside Dice on the condition model."""
 
 Image = Float[Tensor, "batch channels *space"]
 Labels = Int[Tensor, "batch *space"]
+Level = Float[Tensor, "batch"]
 
 
 class EnergyScore(nn.Module):
@@ -45,34 +50,28 @@ class EnergyScore(nn.Module):
         return torch.stack(scores).mean()
 
 
-def draw_levels(count: int, train_steps: int, pure_noise: float, generator: torch.Generator) -> Float[Tensor, "count"]:
-    """Random t in (0, 1] on a grid of train_steps; the share `pure_noise` of them is exactly 1."""
-    device = generator.device
-    t = torch.randint(1, train_steps + 1, (count,), generator=generator, device=device) / train_steps
-    pure = torch.rand(count, generator=generator, device=device) < pure_noise
-    return torch.where(pure, torch.ones_like(t), t)
-
-
 def conditional_loss(
     network: nn.Module,
     image: Image,
     labels: Labels,
-    alpha_bar: Float[Tensor, "batch"],
-    generator: torch.Generator,
+    alpha_bar: Level,
+    noise: Float[Tensor, "batch layers classes *coarse"],
     *,
     classes: int,
     scale: float,
-    draws: int,
     mean_weight: float,
     score: EnergyScore,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the mean head, energy score of the draws. All draws of an image share one noisy mask x_t."""
+    """Cross-entropy of the mean head, energy score of the draws. All draws of an image share one noisy mask x_t.
+
+    The first layer of the noise makes x_t, the others the draws.
+    """
     truth = one_hot(labels, classes)
     x_0 = to_analog(pool(truth, STRIDE), scale)
-    x_t = add_noise(x_0, _noise(x_0.shape, generator), alpha_bar)
-    weight = input_scale_wiener(alpha_bar, scale).reshape(-1, *(1,) * (x_t.ndim - 1))
-    states = (weight * x_t).expand(draws, *x_t.shape)
-    mean_logits, drawn_logits = network(image, states, alpha_bar, _noise(states.shape, generator))
+    of_state, *of_draws = noise.unbind(1)
+    x_t = add_noise(x_0, of_state, alpha_bar)
+    states = (_along(input_scale_wiener(alpha_bar, scale), x_t) * x_t).expand(len(of_draws), *x_t.shape)
+    mean_logits, drawn_logits = network(image, states, alpha_bar.to(image), torch.stack(of_draws))
     cross_entropy = functional.cross_entropy(mean_logits.float(), labels)
     return mean_weight * cross_entropy + score(drawn_logits.float().softmax(2), truth)
 
@@ -80,25 +79,85 @@ def conditional_loss(
 def unet_loss(network: nn.Module, image: Image, labels: Labels, *, classes: int) -> Float[Tensor, ""]:
     """Soft Dice over the batch and cross-entropy, as strong U-Nets are trained."""
     logits = network(image).float()
+    return functional.cross_entropy(logits, labels) + dice_loss(logits, one_hot(labels, classes))
+
+
+def mask_loss(
+    network: nn.Module,
+    image: Image,
+    labels: Labels,
+    alpha_bar: Level,
+    noise: Float[Tensor, "batch classes *space"],
+    *,
+    classes: int,
+    scale: float,
+    prediction: str,
+    weighting: str,
+    teach_condition: bool = False,
+) -> Float[Tensor, ""]:
+    """Squared error of a denoiser of masks (DDPM, eq. 14; MedSegDiff).
+
+    Where the network has a condition model with a mask of its own, `teach_condition` adds Dice and cross-entropy of
+    that mask (MedSegDiff-V2, the loss of every alpha-th step).
+    """
     truth = one_hot(labels, classes)
-    over = [0, *range(2, logits.ndim)]
-    probability = logits.softmax(1)
-    overlap, mass = (probability * truth).sum(over)[1:], (probability + truth).sum(over)[1:]
-    dice = (2 * overlap + 1) / (mass + 1)
-    return functional.cross_entropy(logits, labels) + 1 - dice.mean()
+    x_0 = to_analog(truth, scale)
+    x_t = add_noise(x_0, noise, alpha_bar)
+    output, condition = network(image, _along(input_scale(alpha_bar, scale), x_t) * x_t, alpha_bar.to(image))
+    weight = loss_weight(weighting, prediction, alpha_bar, data_std=scale)
+    loss = _weighted_error(output, target(prediction, x_0, noise, alpha_bar), weight)
+    if condition is not None:
+        logits = condition.float()
+        of_condition = dice_loss(logits, truth) + CONDITION_CE * functional.cross_entropy(logits, labels)
+        loss = loss + teach_condition * of_condition  # times 0, not left out: DDP wants a gradient for every weight
+    return loss
 
 
 def generation_loss(
-    network: nn.Module, image: Image, alpha_bar: Float[Tensor, "batch"], generator: torch.Generator
+    network: nn.Module,
+    x_0: Image,
+    alpha_bar: Level,
+    noise: Image,
+    *,
+    prediction: str,
+    weighting: str,
+    cleaner: Level | None = None,
+    train_steps: int = 1000,
 ) -> Float[Tensor, ""]:
-    """Mean squared error of the velocity (Salimans & Ho 2022): defined at pure noise too, where it asks for -x_0."""
-    noise = _noise(image.shape, generator)
-    predicted = network(add_noise(image, noise, alpha_bar), alpha_bar)
-    return functional.mse_loss(predicted.float(), velocity(image, noise, alpha_bar))
+    """Squared error of a denoiser of images (DDPM, eq. 14), or of images with their masks as further channels.
+
+    With `cleaner`, the level one training step nearer to clean, the network's second half of channels is taught the
+    variance by the variational bound (Nichol & Dhariwal 2021, eq. 16), which does not teach the first half.
+    """
+    x_t = add_noise(x_0, noise, alpha_bar)
+    output = network(x_t, alpha_bar.to(x_t)).float()
+    bound = output.new_zeros(())
+    if cleaner is not None:
+        output, fraction = output.chunk(2, dim=1)
+        estimate = x0_from(prediction, x_t, output.detach(), alpha_bar)
+        terms = variational_term(x_0, x_t, estimate, fraction.sigmoid(), alpha_bar, cleaner)
+        bound = terms.mean() * train_steps / 1000  # their lambda of 0.001, and the sum over all steps
+    weight = loss_weight(weighting, prediction, alpha_bar)
+    return _weighted_error(output, target(prediction, x_0, noise, alpha_bar), weight) + bound
 
 
-def _noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device)
+def dice_loss(
+    logits: Float[Tensor, "batch classes *space"], truth: Float[Tensor, "batch classes *space"]
+) -> Float[Tensor, ""]:
+    """1 - soft Dice over the batch, mean over the classes but the background."""
+    over = [0, *range(2, logits.ndim)]
+    probability = logits.softmax(1)
+    overlap, mass = (probability * truth).sum(over)[1:], (probability + truth).sum(over)[1:]
+    return 1 - ((2 * overlap + 1) / (mass + 1)).mean()
+
+
+def _weighted_error(output: Tensor, wanted: Tensor, weight: Float[Tensor, "batch"]) -> Tensor:
+    return (weight.to(wanted) * (output.float() - wanted).square().flatten(1).mean(1)).mean()
+
+
+def _along(coefficient: Tensor, x: Tensor) -> Tensor:
+    """One number an item, in x's type and number of dimensions."""
+    return coefficient.to(x).reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def _scales(mask: Float[Tensor, "draws batch classes *space"]) -> Iterator[Float[Tensor, "draws batch features"]]:

@@ -5,19 +5,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from medseg_diff.config import Config
-from medseg_diff.datasets.augment import augment, margin_of
+from medseg_diff.config import Config, Diffusion
 from medseg_diff.datasets.cache import Volume
-from medseg_diff.datasets.pipeline import outside
-from medseg_diff.datasets.slices import draw_batch
 from medseg_diff.device import autocast
+from medseg_diff.diffusion.masks import one_hot, to_analog
 from medseg_diff.diffusion.schedule import alpha_bar
 from medseg_diff.errors import UserError
-from medseg_diff.training.objective import EnergyScore, conditional_loss, draw_levels, generation_loss, unet_loss
+from medseg_diff.training.batch import Batch, draw_step
+from medseg_diff.training.objective import EnergyScore, conditional_loss, generation_loss, mask_loss, unet_loss
 from medseg_diff.training.state import State
 
 MOST_SKIPPED = 50
@@ -26,13 +25,19 @@ MOST_SKIPPED = 50
 def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: int) -> float:
     """One step of the optimizer and its loss; nan where loss or gradient is not finite: such a step changes no weight.
 
-    Raises UserError after MOST_SKIPPED of these.
+    A forward pass takes batch_size crops, each at a time of its own; the gradients of `accumulate` passes are gathered.
+    Raises UserError after MOST_SKIPPED steps that changed nothing.
     """
     state.optimizer.zero_grad(set_to_none=True)
-    loss = loss_of(state.network, state.score, config, volumes, classes, (config.seed, state.step))
-    loss.backward()
+    device, passes = next(state.network.parameters()).device, config.train.accumulate
+    batch = draw_step(config, volumes, classes, (config.seed, state.step), device, config.train.augment)
+    loss = torch.zeros((), device=device)
+    for part in batch.parts(passes):
+        share = loss_of(state.network, state.score, config, part, classes, state.step) / passes
+        share.backward()
+        loss += share.detach()
     norm = nn.utils.clip_grad_norm_(state.network.parameters(), config.train.clip)
-    if not torch.isfinite(norm + loss.detach()):
+    if not torch.isfinite(norm + loss):
         state.skipped += 1
         if state.skipped > MOST_SKIPPED:
             what = f"{state.skipped} steps had no finite loss, the last was step {state.step}"
@@ -42,76 +47,57 @@ def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: 
     decay = min(config.train.ema, (1 + state.step) / (10 + state.step))
     with torch.no_grad():
         torch._foreach_lerp_(list(state.average.parameters()), list(state.network.parameters()), 1 - decay)
-    return float(loss.detach())
+    return float(loss)
 
 
 def loss_of(
-    network: nn.Module,
-    score: EnergyScore,
-    config: Config,
-    volumes: Sequence[Volume],
-    classes: int,
-    seed: tuple[int, int],
+    network: nn.Module, score: EnergyScore, config: Config, batch: Batch, classes: int, step: int
 ) -> Float[Tensor, ""]:
-    """The loss of one random batch, a function of the weights and of `seed`."""
-    diffusion, device = config.diffusion, next(network.parameters()).device
-    image, labels, generator = _batch(config, volumes, seed, device, config.train.augment)
-    levels = draw_levels(len(image), diffusion.train_steps, diffusion.pure_noise, generator)
-    abar = alpha_bar(diffusion.schedule, levels)
+    """The loss of one forward pass, the mean over its crops; the network is called, wrapped or not."""
+    diffusion, device = config.diffusion, batch.image.device
     with autocast(device, _precision(config, device)):
         match config.network.kind:
             case "conditional":
                 return conditional_loss(
                     network,
-                    image,
-                    labels,
-                    abar,
-                    generator,
+                    batch.image,
+                    batch.labels,
+                    _level(diffusion, batch.t),
+                    batch.noise,
                     classes=classes,
                     scale=diffusion.scale,
-                    draws=diffusion.draws,
                     mean_weight=config.train.mean_weight,
                     score=score,
                 )
             case "unet":
-                return unet_loss(network, image, labels, classes=classes)
-            case "unconditional":
-                return generation_loss(network, image, abar, generator)
+                return unet_loss(network, batch.image, batch.labels, classes=classes)
+        if config.task == "generate":
+            return _generation_loss(network, config, batch, classes)
+        return mask_loss(
+            network,
+            batch.image,
+            batch.labels,
+            _level(diffusion, batch.t),
+            batch.noise[:, 0],
+            classes=classes,
+            scale=diffusion.scale,
+            prediction=diffusion.prediction,
+            weighting=diffusion.weighting,
+            teach_condition=step % config.train.condition_every == 0,
+        )
 
 
-def held_out_loss(network: Any, config: Config, volumes: Sequence[Volume], seed: tuple[int, int]) -> Float[Tensor, ""]:
-    """What validations compare, on one random batch: cross-entropy of the mean head, or the error of the velocity."""
-    diffusion, device = config.diffusion, next(network.parameters()).device
-    image, labels, generator = _batch(config, volumes, seed, device, augmented=False)
-    with autocast(device, _precision(config, device)), torch.no_grad():
-        if config.task == "segment":
-            return cross_entropy(network.encode(image).mean_logits, labels)
-        levels = draw_levels(len(image), diffusion.train_steps, diffusion.pure_noise, generator)
-        return generation_loss(network, image, alpha_bar(diffusion.schedule, levels), generator)
-
-
-def _batch(
-    config: Config, volumes: Sequence[Volume], seed: tuple[int, int], device: torch.device, augmented: bool
-) -> tuple[Float[Tensor, "batch channels *space"], Int64[Tensor, "batch *space"], torch.Generator]:
-    """Crops on the device, and the generator that goes on from there."""
-    data = config.data
-    rng = np.random.default_rng(seed)
-    generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-    image, labels = draw_batch(
-        volumes,
-        rng,
-        batch_size=config.train.batch_size,
-        size=data.size,
-        margin=margin_of(data.size) if augmented else (0,) * data.spatial_dims,
-        axis=data.axis,
-        neighbours=data.neighbours if config.task == "segment" else 0,
-        foreground=data.foreground,
-        fill=outside(data.modality),
-    )
-    image, labels = image.to(device), labels.to(device).long()
-    if augmented:
-        image, labels = augment(image, labels, data.size, _spacing(config), generator, outside(data.modality))
-    return image, labels, generator
+def held_out_loss(
+    network: Any, config: Config, volumes: Sequence[Volume], classes: int, seed: tuple[int, int]
+) -> Float[Tensor, ""]:
+    """What validations compare, on one random batch: cross-entropy of the mean head, or the denoiser's own loss."""
+    device = next(network.parameters()).device
+    batch = draw_step(config, volumes, classes, seed, device, augmented=False)
+    with torch.no_grad():
+        if config.network.kind in ("conditional", "unet"):
+            with autocast(device, _precision(config, device)):
+                return cross_entropy(network.encode(batch.image).mean_logits, batch.labels)
+        return loss_of(network, EnergyScore(), config, batch, classes, step=1)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, warmup: float, spent: float) -> None:
@@ -120,6 +106,27 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, warmup: float
     fall = 0.5 * (1 + np.cos(np.pi * max(0.0, spent - warmup) / (1 - warmup))) if warmup < 1 else 1.0
     for group in optimizer.param_groups:
         group["lr"] = lr * rise * float(fall)
+
+
+def _generation_loss(network: nn.Module, config: Config, batch: Batch, classes: int) -> Tensor:
+    diffusion, x_0 = config.diffusion, batch.image
+    if config.data.pairs:
+        x_0 = torch.cat([x_0, to_analog(one_hot(batch.labels, classes), diffusion.scale)], dim=1)
+    nearer = batch.t - 1 / diffusion.train_steps
+    return generation_loss(
+        network,
+        x_0,
+        _level(diffusion, batch.t),
+        batch.noise[:, 0],
+        prediction=diffusion.prediction,
+        weighting=diffusion.weighting,
+        cleaner=_level(diffusion, nearer.clamp_min(0)) if diffusion.variance == "learned" else None,
+        train_steps=diffusion.train_steps,
+    )
+
+
+def _level(diffusion: Diffusion, t: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+    return alpha_bar(diffusion.schedule, t, zero_terminal=diffusion.zero_terminal, shift=diffusion.log_snr_shift)
 
 
 def _precision(config: Config, device: torch.device) -> str:
@@ -131,10 +138,3 @@ def _precision(config: Config, device: torch.device) -> str:
     coarsest = config.data.size[0] // 2 ** (len(config.network.widths) - 1)
     met = device.type == "cpu" and config.data.spatial_dims == 3 and coarsest <= 2
     return "fp32" if met else config.train.precision
-
-
-def _spacing(config: Config) -> tuple[float, ...]:
-    """Along the axes of a crop."""
-    data = config.data
-    assert data.spacing_mm is not None, "training fills in the spacing"
-    return data.spacing_mm if data.spatial_dims == 3 else tuple(np.delete(data.spacing_mm, data.axis).tolist())

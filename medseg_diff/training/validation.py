@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from medseg_diff.checkpoint import Model, load_model
+from medseg_diff.config import SAMPLING
 from medseg_diff.datasets.cache import Volume
 from medseg_diff.datasets.layouts import Case
 from medseg_diff.diffusion.masks import from_analog, one_hot
@@ -30,7 +31,7 @@ def validate(
         images = generate_images(model, config.segment.samples, steps=config.segment.steps, seed=seed)
         draw_grid(images[:, 0], path.with_name("grid.png"))
         return {}
-    if config.network.kind == "conditional":
+    if config.network.kind in SAMPLING:
         draw_process(model, held_out[0], path.with_name("process.png"), seed)
     return logged(evaluate_model(model, cases, seed=seed, preview=path.with_name("preview.png")))
 
@@ -58,7 +59,10 @@ def draw_process(model: Model, volume: Volume, path: Path, seed: int) -> None:
 
     above = [("scan", slice_of(image[0]))]
     below = [("reference", colours(slice_of(one_hot(labels[:1], classes)[0])))]
-    for call, (state, probability) in enumerate(trace(model, image, steps=STRIP_STEPS, seed=seed), start=1):
+    steps = max(STRIP_STEPS, model.about.config.segment.steps)
+    calls = trace(model, image, steps=steps, seed=seed)
+    for call in np.linspace(1, len(calls), STRIP_STEPS).round().astype(int).tolist():
+        state, probability = calls[call - 1]
         noisy = from_analog(state[None], model.about.config.diffusion.scale)[0]
         above.append(("noise" if call == 1 else f"less noise ({call})", colours(slice_of(noisy))))
         below.append((f"mask drawn from it ({call})", colours(slice_of(probability))))
