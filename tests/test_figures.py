@@ -23,7 +23,10 @@ PANELS = [[("scan", np.eye(8)), ("mask", np.ones((8, 8, 3)))]] * 2
 STEPS = {"ddim": ([1, 2, 4], [1.0, 0.5, 0.2]), "dpm++": ([1, 2, 4], [0.5, 0.2, 0.1])}
 LINES = [Panel("all", "steps", "error", STEPS, log="xy"), Panel("one", "t", "y", {}, {"ddim": STEPS["ddim"]})]
 GRAYS = np.linspace(-1, 1, 51)
-STATES = [(f"$t$ = {i}\nlevel", {"x_t": np.full((2, 5, 9), gray)}) for i, gray in enumerate(GRAYS)]
+STATES = [
+    (f"$t$ = {i}\nlevel", {"x_t": np.stack([np.full((5, 9), gray), np.full((5, 9), -gray)])})
+    for i, gray in enumerate(GRAYS)
+]
 
 DRAWINGS = {
     "curves": lambda path: draw_curves(CURVES, path),
@@ -71,7 +74,7 @@ def test_a_figure_of_a_process_has_a_column_a_state_and_a_row_a_picture(tmp_path
     draw_process(STATES, tmp_path / "a.png", shown=3)
     picture = imread(tmp_path / "a.png")[..., 0]
     centres = picture[[-66, -66 - 116], :][:, [-100 - 204 * 2, -100 - 204, -100]]
-    assert centres == pytest.approx(np.tile([0, 0.5, 1], (2, 1)), abs=0.01)
+    assert centres == pytest.approx(np.array([[1, 0.5, 0], [0, 0.5, 1]]), abs=0.01)
     draw_process(STATES, tmp_path / "b.png", shown=3, aspect=2.0)
     assert imread(tmp_path / "b.png").shape[0] > picture.shape[0] + 150
 
@@ -89,9 +92,9 @@ def test_a_film_goes_from_the_first_state_to_the_last_and_ends_held(tmp_path):
             film.seek(index)
             grays.append(film.convert("L").getpixel((film.width // 2, film.height - 60)))
             durations_ms.append(film.info["duration"])
-    assert grays[0] < 10
-    assert grays[-1] > 245
-    assert grays == sorted(grays)
+    assert grays[0] > 245
+    assert grays[-1] < 10
+    assert grays == sorted(grays, reverse=True)
     assert durations_ms == [100] * (FRAMES - 1) + [2100]
 
 
