@@ -1,4 +1,4 @@
-"""Features of images, learned on the training images themselves: an autoencoder, and its bottleneck as a vector."""
+"""Features of images, learned on the training images: the bottleneck of an autoencoder, and what it misses."""
 
 import itertools
 import math
@@ -11,16 +11,22 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medseg_diff.networks.blocks import convolution, upsample
+from medseg_diff.networks.blocks import convolution, nearest
 
-FEATURES = 64
+BOTTLENECK = 48
+BLOCKS = {2: 4, 3: 2}
+"""Along a side: in each of them the energy of what the reconstruction misses is a feature."""
+
 WIDTHS = (16, 32, 64)
 """Channels after each halving."""
 
 LONGEST = {2: 64, 3: 32}
 """Pixels (or voxels) along a side that the network sees; larger images are pooled first."""
 
-STEPS, BATCH, LEARNING_RATE = 300, 32, 2e-3
+STEPS, LEARNING_RATE = 300, 4e-3
+BATCH = {2: 32, 3: 8}
+"""Slices, or volumes, in a step."""
+
 TOGETHER = 64
 """Images in one call."""
 
@@ -36,8 +42,8 @@ class Autoencoder(nn.Module):
         self.coarse = tuple(math.ceil(length / 2 ** len(WIDTHS)) for length in self.size)
         pairs = list(itertools.pairwise((channels, *WIDTHS)))
         self.down = nn.ModuleList(convolution(dims, fine, coarse, stride=2) for fine, coarse in pairs)
-        self.encode = nn.Linear(WIDTHS[-1] * math.prod(self.coarse), FEATURES)
-        self.decode = nn.Linear(FEATURES, WIDTHS[-1] * math.prod(self.coarse))
+        self.encode = nn.Linear(WIDTHS[-1] * math.prod(self.coarse), BOTTLENECK)
+        self.decode = nn.Linear(BOTTLENECK, WIDTHS[-1] * math.prod(self.coarse))
         back = list(itertools.pairwise((*reversed(WIDTHS), WIDTHS[0])))
         self.up = nn.ModuleList(convolution(dims, coarse, fine) for coarse, fine in back)
         self.head = convolution(dims, WIDTHS[0], channels)
@@ -54,17 +60,21 @@ class Autoencoder(nn.Module):
             x = functional.silu(layer(x))
         return self.encode(x.flatten(1))
 
+    def rebuild(self, h: Float[Tensor, "batch features"]) -> Float[Tensor, "batch channels *size"]:
+        """A pooled image from its vector."""
+        x = self.decode(h).reshape(len(h), WIDTHS[-1], *self.coarse)
+        for layer in self.up:
+            x = nearest(functional.silu(layer(x)))
+        return self.head(x)[(..., *map(slice, self.size))]
+
     def forward(self, x: Float[Tensor, "batch channels *size"]) -> Float[Tensor, "batch channels *size"]:
         """Reconstruction of a pooled image."""
-        h = self.decode(self.bottleneck(x)).reshape(len(x), WIDTHS[-1], *self.coarse)
-        for layer in self.up:
-            h = upsample(functional.silu(layer(h)))
-        return self.head(h)[(..., *map(slice, self.size))]
+        return self.rebuild(self.bottleneck(x))
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A trained autoencoder, and mean and standard deviation of its features over the images of its training."""
+    """A trained autoencoder, and mean and standard deviation of the features over images of its training."""
 
     network: Autoencoder
     mean: Float64[np.ndarray, "features"]
@@ -77,24 +87,28 @@ def train_extractor(
     """Trains an autoencoder on `draw(count, number of the batch)`: the same batches and seed, the same features."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        first = draw(BATCH, 0)
+        first = draw(1, 0)
         network = Autoencoder(first.shape[1], tuple(first.shape[2:]))
+    batch = BATCH[first.ndim - 2]
     optimizer = torch.optim.Adam(network.parameters())
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for step in range(steps):
-        image = network.pooled(draw(BATCH, step))
+        image = network.pooled(draw(batch, step))
         optimizer.zero_grad()
         functional.mse_loss(network(image), image).backward()
         optimizer.step()
         rate.step()
     network.eval().requires_grad_(False)
-    found = np.concatenate([_bottleneck(network, draw(BATCH, step)) for step in range(min(steps, 2048 // BATCH))])
+    found = np.concatenate([_measure(network, draw(batch, step)) for step in range(min(steps, 2048 // batch))])
     return Extractor(network, found.mean(0), found.std(0) + 1e-6)
 
 
 def features(extractor: Extractor, images: Float[Tensor, "n channels *size"]) -> Float64[np.ndarray, "n features"]:
-    """In standard deviations of the training images."""
-    return (_bottleneck(extractor.network, images) - extractor.mean) / extractor.std
+    """In standard deviations of the training images: the bottleneck, then for each block the log energy of the rest.
+
+    Without the latter noise and texture would go unseen: an autoencoder maps noise near the mean of all images.
+    """
+    return (_measure(extractor.network, images) - extractor.mean) / extractor.std
 
 
 @torch.inference_mode()
@@ -106,6 +120,12 @@ def explained(extractor: Extractor, images: Float[Tensor, "n channels *size"]) -
 
 
 @torch.inference_mode()
-def _bottleneck(network: Autoencoder, images: Float[Tensor, "n channels *size"]) -> Float64[np.ndarray, "n features"]:
-    found = [network.bottleneck(network.pooled(part)) for part in images.split(TOGETHER)]
+def _measure(network: Autoencoder, images: Float[Tensor, "n channels *size"]) -> Float64[np.ndarray, "n features"]:
+    pool = functional.adaptive_avg_pool2d if images.ndim == 4 else functional.adaptive_avg_pool3d
+    found = []
+    for part in images.split(TOGETHER):
+        x = network.pooled(part)
+        h = network.bottleneck(x)
+        missed = (x - network.rebuild(h)).square().mean(1, keepdim=True)
+        found.append(torch.cat([h, (pool(missed, BLOCKS[images.ndim - 2]) + 1e-6).log().flatten(1)], dim=1))
     return torch.cat(found).double().numpy()

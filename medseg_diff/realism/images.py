@@ -1,6 +1,7 @@
 """Images to judge, from a folder that `medseg-diff generate` wrote, and real ones cut as training cuts them."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_generated(folder: Path, dataset: Dataset) -> Generated:
     if len(found) < FEWEST:
         what = f"it holds {len(found)} images, and fewer than {FEWEST} say nothing about a distribution"
         raise UserError(folder, what, "Generate more of them with --count; 200 are a good number.")
-    most = max(FEWEST, min(MOST, MOST_VOXELS // int(np.prod(config.data.size))))
+    most = most_images(config.data.size)
     if len(found) > most:
         say(f"{folder} holds {len(found)} images; the first {most} are evaluated")
     paths = found[:most]
@@ -70,6 +71,11 @@ def read_generated(folder: Path, dataset: Dataset) -> Generated:
     names = tuple(path.name.removesuffix(".nii.gz") for path in paths)
     stacked = torch.from_numpy(np.stack(images))
     return Generated(names, stacked, np.stack(masks) if masks else None, config, about)
+
+
+def most_images(size: tuple[int, ...]) -> int:
+    """How many images of a size are kept in memory."""
+    return max(FEWEST, min(MOST, MOST_VOXELS // math.prod(size)))
 
 
 def load_split(dataset: Dataset, data: Data, *, labelled: bool) -> tuple[list[Volume], list[Volume]]:

@@ -15,7 +15,7 @@ from medseg_diff.datasets.slices import cut
 LONGEST = 64
 """Voxels along a side of an image that are compared; longer ones are pooled, and their training volumes with them."""
 
-MOST_WORK = 2**36
+MOST_WORK = 2**35
 """Voxels times pairs of an image and a training volume that are searched; beyond it, everything is pooled more."""
 
 SHORTEST = 8
@@ -24,7 +24,7 @@ SHORTEST = 8
 TOGETHER = 2**24
 """Voxels times pairs in memory."""
 
-FEW_POSITIONS = 64
+FEW_POSITIONS = 1024
 """Up to so many places of a crop in a volume, sums are quicker than Fourier transforms."""
 
 FLAT = 1e-4
@@ -43,7 +43,7 @@ class Nearest:
 
 def find_nearest(
     images: Float[Tensor, "n channels *size"],
-    stacks: Sequence[Float[Tensor, "slices channels *space"]],
+    stacks: Sequence[Float[Tensor, "_ channels ..."]],
     *,
     fill: float,
     factor: int = 1,
@@ -84,15 +84,14 @@ def memorized(
 ) -> tuple[float, float]:
     """Share of the generated images nearer to training than all but `share` of the held-out images, and that distance.
 
-    `share` is what is to be expected of images as new as the held-out ones.
+    `share` is what is to be expected of images as new, and as sharp, as the held-out ones: an image that is smoother is
+    nearer to every other.
     """
     threshold = float(np.quantile(held_out, share))
     return float((generated < threshold).mean()), threshold
 
 
-def pooling(
-    images: Float[Tensor, "n channels *size"], stacks: Sequence[Float[Tensor, "slices channels *space"]]
-) -> int:
+def pooling(images: Float[Tensor, "n channels *size"], stacks: Sequence[Float[Tensor, "_ channels ..."]]) -> int:
     """The least factor for `find_nearest` that keeps the sides and the work within LONGEST and MOST_WORK."""
     size, factor = images.shape[2:], 1
     work = len(images) * sum(len(x) * math.prod(map(max, x.shape[2:], size)) for x in stacks)

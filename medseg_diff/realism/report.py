@@ -20,8 +20,8 @@ from medseg_diff.datasets.pipeline import outside
 from medseg_diff.figures import draw_strip
 from medseg_diff.files import replacing
 from medseg_diff.metrics import label_keys
-from medseg_diff.realism.features import BATCH, FEATURES, STEPS, WIDTHS, explained, features, train_extractor
-from medseg_diff.realism.images import Generated, draw_crops, load_split, read_generated, stack_of
+from medseg_diff.realism.features import BATCH, BLOCKS, BOTTLENECK, STEPS, WIDTHS, explained, features, train_extractor
+from medseg_diff.realism.images import Generated, draw_crops, load_split, most_images, read_generated, stack_of
 from medseg_diff.realism.measures import (
     frechet_distance,
     kernel_distance,
@@ -32,8 +32,8 @@ from medseg_diff.realism.measures import (
 from medseg_diff.realism.memorization import find_nearest, memorized, nearest_crop, pooling
 from medseg_diff.tracking import start_run
 
-HELD_OUT = 200
-"""Held-out images, at least, that tell how near to training new images are: a percentile needs some."""
+HELD_OUT = 1000
+"""Held-out images that tell how near to training new images are, if memory allows: a percentile needs many."""
 
 PAIRS = 500
 SHOWN = 8
@@ -51,7 +51,7 @@ def evaluate_generated(folder: Path, reference: Path, out: Path, *, seed: int, u
     generated = read_generated(folder, dataset)
     data, n = generated.config.data, len(generated.images)
     training, held_out = load_split(dataset, data, labelled=generated.masks is not None)
-    real, labels = draw_crops(held_out, data, max(n, HELD_OUT), (seed, 0))
+    real, labels = draw_crops(held_out, data, max(n, min(HELD_OUT, most_images(data.size))), (seed, 0))
     seen, _ = draw_crops(training, data, n, (seed, 1))
 
     mean, about = _distances(generated.images, real, seen, training, data, seed)
@@ -87,20 +87,24 @@ def _distances(
     images: Tensor, real: Tensor, seen: Tensor, training: Sequence[Volume], data: Data, seed: int
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
     """Distances of generated (n), held-out (n or more) and training images (n); the features they are measured in."""
-    extractor = train_extractor(lambda count, step: draw_crops(training, data, count, (seed, 2, step))[0], seed)
+    extractor = train_extractor(
+        lambda count, step: draw_crops(training, data, count, (seed, 2, step))[0], seed, steps=STEPS
+    )
     a, b, c = (features(extractor, x) for x in (images, real[: len(images)], seen))
     mean: dict[str, float | None] = {}
     for suffix, x in (("", a), ("_floor", c)):
         precision, recall = precision_recall(x, b)
         mean |= {f"frechet{suffix}": frechet_distance(x, b), f"kernel{suffix}": kernel_distance(x, b)}
         mean |= {f"precision{suffix}": precision, f"recall{suffix}": recall}
+    dims = data.spatial_dims
     about = {
-        "architecture": f"autoencoder, {len(WIDTHS)} strided convolutions ({', '.join(map(str, WIDTHS))} channels), "
-        f"bottleneck of {FEATURES} numbers, each divided by its standard deviation over training images",
+        "architecture": f"autoencoder trained on the training images: {len(WIDTHS)} strided convolutions to "
+        f"{', '.join(map(str, WIDTHS))} channels, a vector of {BOTTLENECK} numbers, and back; the features are that "
+        f"vector and the log energy of what it misses in {BLOCKS[dims] ** dims} blocks, each in standard deviations",
         "parameters": sum(parameter.numel() for parameter in extractor.network.parameters()),
         "steps": STEPS,
-        "batch": BATCH,
-        "training_images": STEPS * BATCH,
+        "batch": BATCH[dims],
+        "training_images": STEPS * BATCH[dims],
         "training_cases": len(training),
         "explained_variance": explained(extractor, real),
     }
