@@ -232,14 +232,14 @@ def generate(
 @app.command()
 def diffusion(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or TIFF image, or a scan.")],
-    size: Annotated[int, typer.Option(min=16, max=256, help="Side of the square it is resized to.")] = 128,
-    schedule: Annotated[str, typer.Option(help="Noise schedule: linear, quadratic, cosine, ...")] = "cosine",
+    size: Annotated[int, typer.Option(min=16, max=256, help="Side of the square it is fitted into.")] = 128,
+    schedule: Annotated[str, typer.Option(help="linear, quadratic, cosine, sigmoid or scaled_linear.")] = "cosine",
     steps: Annotated[int, typer.Option(min=2, max=1000, help="Steps from the image to noise.")] = 1000,
     shown: Annotated[int, typer.Option(min=2, max=16, help="Columns of the figures.")] = 8,
     seed: SeedOption = 0,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("diffusion"),
 ) -> None:
-    """Show what the forward and the reverse process do to an image: no network, its perfect denoiser is known."""
+    """Show the forward and the reverse process on one image, without a network: its perfect denoiser is known."""
     from medseg_diff.strip import draw_diffusion
 
     paths, difference = draw_diffusion(image, out, size=size, schedule=schedule, steps=steps, shown=shown, seed=seed)

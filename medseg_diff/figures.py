@@ -23,7 +23,7 @@ LINE_COLORS = (*(color for color in reversed(LABEL_COLORS) if color != "#F0E442"
 """Without the yellow, which is faint on white."""
 
 COLORS = 24
-"""Of a GIF: noise does not compress, and more colours would make files much larger."""
+"""Of a GIF, and as many grays: noise does not compress, and more would make files much larger."""
 
 FRAMES = 31
 """The most that a film of a process shows, for files of about a megabyte."""
@@ -34,7 +34,6 @@ State = tuple[str, Mapping[str, Pictures]]
 
 Captions and names may hold mathematics between dollars. Pictures are gray, or coloured with values in [0, 1].
 """
-
 
 Curves = Mapping[str, tuple[Sequence[float | int], Sequence[float | int]]]
 
@@ -163,7 +162,7 @@ def draw_process(
     rows = [[pictures[name][image] for _, pictures in chosen] for image in range(count) for name in names]
     captions = [caption for caption, _ in chosen]
     tall, wide = rows[0][0].shape[:2]
-    title = textwrap.fill(title, int(24 * len(chosen) * min(1, wide / (tall * aspect))))
+    title = textwrap.fill(title, int(24 * len(chosen) * min(1, wide / tall / aspect) ** 0.5))
     _save(_tiles(rows, names * count, captions, title, limits, aspect, 200), path)
 
 
@@ -177,12 +176,14 @@ def draw_film(
 ) -> None:
     """The states as an animated GIF, at most FRAMES of them, evenly chosen; a row an image, a column a name.
 
-    limits and aspect are those of `draw_process`; `seconds` is that of `draw_gif`. Lines of a caption become one.
+    limits and aspect are those of `draw_process`; `seconds` is that of `draw_gif`. Lines of a caption are
+    joined by commas, and names broken there.
     """
     frames = []
     for caption, pictures in _evenly(states, FRAMES):
         rows = [list(row) for row in zip(*pictures.values(), strict=True)]
-        figure = _tiles(rows, [""] * len(rows), list(pictures), caption.replace("\n", ", "), limits, aspect, 256)
+        names = [name.replace(", ", "\n") for name in pictures]
+        figure = _tiles(rows, [""] * len(rows), names, caption.replace("\n", ", "), limits, aspect, 256)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         frames.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
@@ -191,7 +192,7 @@ def draw_film(
 
 def draw_gif(frames: Sequence[UInt8[np.ndarray, "rows columns 3"]], path: Path, *, seconds: float) -> None:
     """An animated GIF of `seconds` that begins again for ever; its last frame is held two seconds longer."""
-    palette = Image.fromarray(np.concatenate(frames)).quantize(COLORS)
+    palette = _palette(np.concatenate(frames))
     pictures = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     durations_ms = np.full(len(frames), round(1000 * seconds / len(frames)))
     durations_ms[-1] += 2000
@@ -203,6 +204,15 @@ def colours(probability: Float[np.ndarray, "classes rows columns"]) -> Float[np.
     """A soft mask as a mixture of its labels' colours."""
     palette = np.array([to_rgb(PALETTE[index % len(PALETTE)]) for index in range(len(probability))])
     return np.clip(np.einsum("krc,kd->rcd", probability, palette), 0, 1)
+
+
+def _palette(pixels: UInt8[np.ndarray, "rows columns 3"]) -> Image.Image:
+    """Grays are chosen apart from colours, or a few colours would tint them all."""
+    coloured = np.ptp(pixels, axis=-1) > 0
+    parts = [Image.fromarray(pixels[chosen][None]) for chosen in (coloured, ~coloured) if chosen.any()]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([value for part in parts for value in (part.quantize(COLORS).getpalette() or [])[: 3 * COLORS]])
+    return palette
 
 
 def _evenly(states: Sequence[State], count: int) -> list[State]:
@@ -219,12 +229,12 @@ def _tiles(
     aspect: float,
     pixels: int,
 ) -> Figure:
-    """Pictures in rows, each row named at its left and each column captioned above, their sides about `pixels` long.
+    """Pictures in rows, each row named at its left and each column captioned above, about `pixels` squared in size.
 
     Every pixel of a picture covers the same number of the figure's, so that noise looks like noise.
     """
     tall, wide = rows[0][0].shape[0] * aspect, rows[0][0].shape[1]
-    scale = max(1, round(pixels / max(tall, wide)))
+    scale = max(1, round(pixels / (tall * wide) ** 0.5))
     width, height = scale * wide, max(1, round(scale * tall))
     gap, line = 6, max(22, width // 9)
     size = 0.48 * line
@@ -242,7 +252,7 @@ def _tiles(
         for column, picture in enumerate(pictures):
             x = left + column * (width + gap)
             gray = picture.ndim == 2
-            values = (picture[..., None] - limits[0]) / (limits[1] - limits[0]) if gray else picture
+            values = (picture[..., None] - limits[0]) / (limits[1] - limits[0] or 1.0) if gray else picture
             pixel = Image.fromarray(np.rint(255 * np.clip(values, 0, 1)).astype(np.uint8).repeat(3 if gray else 1, 2))
             canvas[y : y + height, x : x + width] = pixel.resize((width, height), Image.Resampling.NEAREST)
     figure.figimage(canvas)

@@ -70,13 +70,21 @@ def test_more_labels_than_colours():
 
 
 def test_a_figure_of_a_process_has_a_column_a_state_and_a_row_a_picture(tmp_path):
-    """The pictures lie at the lower right edge, 22 times 5 x 9 pixels each, 6 pixels apart."""
+    """The pictures lie at the lower right edge, 30 times 5 x 9 pixels each, 6 pixels apart."""
     draw_process(STATES, tmp_path / "a.png", shown=3)
     picture = imread(tmp_path / "a.png")[..., 0]
-    centres = picture[[-66, -66 - 116], :][:, [-100 - 204 * 2, -100 - 204, -100]]
+    centres = picture[[-80, -80 - 156], :][:, [-140 - 276 * 2, -140 - 276, -140]]
     assert centres == pytest.approx(np.array([[1, 0.5, 0], [0, 0.5, 1]]), abs=0.01)
     draw_process(STATES, tmp_path / "b.png", shown=3, aspect=2.0)
-    assert imread(tmp_path / "b.png").shape[0] > picture.shape[0] + 150
+    height, width = imread(tmp_path / "b.png").shape[:2]
+    assert height > picture.shape[0] + 100
+    assert width < picture.shape[1] - 200
+
+
+def test_a_process_may_be_flat(tmp_path):
+    with np.errstate(all="raise"):
+        draw_process(STATES[:1], tmp_path / "a.png", limits=(-1.0, -1.0))
+    assert imread(tmp_path / "a.png")[-80, -140, 0] == 1  # the second image, 1, above the only value shown
 
 
 def test_a_film_goes_from_the_first_state_to_the_last_and_ends_held(tmp_path):
@@ -105,6 +113,17 @@ def test_a_gif_keeps_few_colours_as_they_are(tmp_path):
         for index, frame in enumerate(frames):
             film.seek(index)
             assert np.asarray(film.convert("RGB")).tolist() == frame.tolist()
+
+
+def test_colours_do_not_tint_the_grays_of_a_gif(tmp_path):
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
+    brown = np.stack([ramp // 2, ramp // 3, 0 * ramp], -1)
+    frame = np.concatenate([np.stack([ramp] * 3, -1), *[brown] * 9])
+    draw_gif([frame, frame[:, ::-1].copy()], tmp_path / "a.gif", seconds=1.0)
+    with Image.open(tmp_path / "a.gif") as film:
+        shown = np.asarray(film.convert("RGB")).astype(int)
+    assert (np.ptp(shown[:4, 32:], axis=-1) == 0).all()
+    assert abs(shown - frame).max() < 16
 
 
 def test_a_name_has_its_colour_in_every_panel_and_colours_are_many(tmp_path):
