@@ -71,8 +71,9 @@ def ancestral_std(path: torch.Tensor) -> float:
         ({"method": "heun"}, 0.5),
     ],
 )
-@pytest.mark.parametrize(("spacing", "steps"), GRIDS)
-@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@pytest.mark.parametrize(
+    ("kind", "spacing", "steps"), [*(("cosine", *grid) for grid in GRIDS), *(("linear", s, 100) for s in SPACINGS)]
+)
 def test_gaussian_keeps_mean_and_std(kind, spacing, steps, options, bias):
     """The bias of finite steps falls as 1 / steps or faster; there is no other error."""
     mean, std = law(levels(kind, steps, spacing=spacing), **options)
@@ -81,7 +82,7 @@ def test_gaussian_keeps_mean_and_std(kind, spacing, steps, options, bias):
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
-@pytest.mark.parametrize("steps", [1, 10, 100, 1000])
+@pytest.mark.parametrize("steps", [1, 10, 100])
 def test_ancestral_with_means_has_the_std_of_its_recursion(kind, steps):
     path = levels(kind, steps)
     assert law(path, method="ddpm")[1] == pytest.approx(ancestral_std(path), rel=1e-10)
@@ -134,13 +135,16 @@ def test_ancestral_with_draws_of_two_points_keeps_their_weights():
 
 
 @pytest.mark.parametrize(
-    ("weights", "means", "std"), [([0.2, 0.5, 0.3], [-1.0, 0.0, 1.2], 0.1), ([0.3, 0.7], [1.0, -1.0], 0.0)]
+    ("spacing", "steps", "weights", "means", "std"),
+    [
+        *((*grid, [0.2, 0.5, 0.3], [-1.0, 0.0, 1.2], 0.1) for grid in GRIDS),
+        *((*grid, [0.3, 0.7], [1.0, -1.0], 0.0) for grid in GRIDS[1:]),
+    ],
 )
-@pytest.mark.parametrize(("spacing", "steps"), GRIDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_mixtures_and_points_keep_weights_means_and_stds(method, spacing, steps, weights, means, std):
     """From the true law at the first level; four Monte Carlo errors where noise is drawn, and the bias of the steps."""
-    n, path = 4_000, levels("cosine", steps, spacing=spacing)
+    n, path = 2_000, levels("cosine", steps, spacing=spacing)
     p, centres = torch.tensor(weights, dtype=F64), torch.tensor(means, dtype=F64)
     x_0 = centres[torch.multinomial(p, n, True, generator=generator(5))] + std * normal(n, seed=6)
     x_T = add_noise(x_0, even_normal(n), path[0])
@@ -176,7 +180,7 @@ def test_monai_respaced_is_wrong_where_ours_is_right():
 
 
 @pytest.mark.parametrize("method", ["ddim", "dpm++", "heun"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["quadratic", "sigmoid", "scaled_linear"])
 def test_deterministic_samplers_turn_noise_into_the_gaussian(method, kind):
     """The flow of N(MEAN, STD^2) is x_0 = MEAN + STD x_T."""
     noise = even_normal(101)

@@ -93,8 +93,7 @@ def step_variance(
         case "large":
             return _like(large, x_t)
         case "learned" if fraction is not None:
-            between = _like(large, x_t) ** fraction * _like(small, x_t) ** (1 - fraction)
-            return between.masked_fill(_like(large, x_t) == 0, 0)
+            return _like(large, x_t) ** fraction * _like(small, x_t) ** (1 - fraction)
         case "learned":
             raise ValueError("the learned variance needs its fraction: let the denoiser return (x_0, fraction)")
     raise ValueError(f"unknown variance {variance!r}; choose one of {', '.join(VARIANCES)}")
