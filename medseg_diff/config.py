@@ -209,6 +209,8 @@ class Config(_Section):
             raise ValueError("data.pairs: pairs are generated; it needs task generate")
         if self.task == "segment" and self.diffusion.variance == "learned":
             raise ValueError("diffusion.variance: learned needs task generate")
+        if self.task == "generate" and self.segment.limit != "none" and (data.modality != "ct" or data.pairs):
+            raise ValueError("segment.limit: the range of these images is not known; set it to none")
         if self.diffusion.zero_terminal and self.diffusion.prediction == "noise" and self.network.kind in PREDICTING:
             raise ValueError(
                 "diffusion.prediction: the noise says nothing where there is nothing else; predict x0 or velocity, "

@@ -86,11 +86,35 @@ def test_a_wrong_setting_is_named(tmp_path: Path, setting: str, what: str):
         ("network.widths=[8, 16]", "network.widths: Tuple should have at least 4 items"),
         ("network.kind=unconditional", "network.kind: unconditional does not serve task segment"),
         ("task=generate", "network.kind: conditional does not serve task generate"),
+        ("data.pairs=true", "data.pairs: pairs are generated"),
+        ("diffusion.variance=learned", "diffusion.variance: learned needs task generate"),
+        ("diffusion.zero_terminal=false", "diffusion.zero_terminal: conditional draws from pure noise"),
+        (
+            "segment.sampler=euler",
+            "segment.sampler: Input should be 'auto', 'ddpm', 'ddim', 'dpm++', 'dpm++sde' or 'heun'",
+        ),
         ("train=5", "train: Input should be a valid dictionary"),
     ],
 )
 def test_errors_name_the_key(tmp_path: Path, setting: str, what: str):
     assert refusal(tmp_path, SMALL, setting).startswith(what)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (
+            "network: {kind: medsegdiff_v2}\ndiffusion: {prediction: noise}\n",
+            "diffusion.prediction: the noise says nothing",
+        ),
+        (
+            "network: {kind: unconditional}\ntask: generate\nsegment: {limit: clip}\n",
+            "segment.limit: the range of these",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_together(tmp_path: Path, text: str, what: str):
+    assert refusal(tmp_path, SMALL + text).startswith(what)
 
 
 def test_every_wrong_key_is_named_at_once(tmp_path: Path):

@@ -4,6 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import untrained
 from matplotlib.image import imread
 from PIL import Image
 
@@ -11,7 +12,6 @@ from medseg_diff.checkpoint import Model, load_model
 from medseg_diff.datasets.layouts import read_dataset
 from medseg_diff.denoising import with_sampler
 from medseg_diff.generate import TOGETHER, generate_files, generate_images
-from conftest import untrained
 
 
 @pytest.fixture(scope="module")

@@ -213,9 +213,9 @@ def test_a_longer_budget_goes_on(straight: Path, data: Path, tmp_path: Path):
 def test_steps_without_a_finite_loss_are_skipped_and_counted(data: Path, tmp_path: Path, monkeypatch):
     loss_of = stepping.loss_of
 
-    def poisoned(network, score, config, volumes, classes, seed):
-        loss = loss_of(network, score, config, volumes, classes, seed)
-        return loss * float("nan") if seed[1] == 1 else loss
+    def poisoned(network, score, config, batch, classes, step):
+        loss = loss_of(network, score, config, batch, classes, step)
+        return loss * float("nan") if step == 1 else loss
 
     monkeypatch.setattr(stepping, "loss_of", poisoned)
     summary = train(settings(data, tmp_path / "run"), tmp_path / "run", CPU)
@@ -257,7 +257,12 @@ def test_a_rehearsal_reads_every_label(data: Path, tmp_path: Path):
     [
         ("unet", "segment", {}),
         ("unconditional", "generate", {"spatial_dims": 2, "size": [16, 16], "neighbours": 0}),
+        ("unconditional", "generate", {"spatial_dims": 2, "size": [16, 16], "neighbours": 0, "pairs": True}),
+        ("classic_unet", "generate", {"spatial_dims": 2, "size": [16, 16], "neighbours": 0}),
         ("conditional", "segment", {"spatial_dims": 2, "size": [32, 32], "axis": 1}),
+        ("medsegdiff_v1", "segment", {"spatial_dims": 2, "size": [32, 32], "axis": 2}),
+        ("medsegdiff_v2", "segment", {"spatial_dims": 2, "size": [32, 32], "axis": 2}),
+        ("classic_unet", "segment", {}),
     ],
 )
 def test_every_kind_trains(kind, task, extra, data, tmp_path):
