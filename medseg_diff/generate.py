@@ -116,10 +116,10 @@ def _pictures(model: Model, x_t: Tensor, x_0: Tensor) -> dict[str, np.ndarray]:
     """A noisy state and what is estimated from it, of the first images: upright, of volumes the middle slice, of pairs the mask too."""
     channels, found = len(model.about.channels), {}
     for name, x in (("$x_t$", x_t[:SHOWN].cpu()), ("estimate of $x_0$", x_0[:SHOWN].cpu())):
-        x = x if x.ndim == 4 else x[..., x.shape[-1] // 2]
-        found[name] = x[:, 0].rot90(dims=(-2, -1)).numpy()
-        if x.shape[1] > channels:
-            masks = from_analog(x[:, channels:], model.about.config.diffusion.scale).rot90(dims=(-2, -1)).numpy()
+        flat = (x if x.ndim == 4 else x[..., x.shape[-1] // 2]).rot90(dims=(-2, -1))
+        found[name] = flat[:, 0].numpy()
+        if flat.shape[1] > channels:
+            masks = from_analog(flat[:, channels:], model.about.config.diffusion.scale).numpy()
             found[f"{name}, mask"] = np.stack([colours(mask) for mask in masks])
     return found
 

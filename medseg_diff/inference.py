@@ -171,7 +171,7 @@ def _slabs(count: int, size: tuple[int, ...]) -> list[slice]:
 def _sampled(
     model: Model, condition: Any, batch: int, noise: Noise, samples: int, window: Window, steps: int
 ) -> tuple[UInt8[Tensor, "samples batch *space"], Float[Tensor, "batch classes *space"]]:
-    """Label indices of every sample, and the probabilities to report: the mean head's, else the samples' mean or vote."""
+    """Label indices of every sample, and the probabilities to report: of the mean head, else of the samples."""
     kind, fuse = model.about.config.network.kind, model.about.config.segment.fuse
     together = max(1, VOXELS_AT_ONCE // (batch * int(np.prod(window.size))))
     drawn, total = [], torch.zeros((), device=model.device)

@@ -24,8 +24,8 @@ from medseg_diff.scans.read import read_label_map, read_scan
 ABOUT = "generation.json"
 FEWEST = 8
 MOST = 5000
-MOST_VOXELS = 2**28
-"""Of a set of images: a gigabyte."""
+MOST_VOXELS = 2**27
+"""Of a set of images: half a gigabyte."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from medseg_diff.tracking import start_run
 HELD_OUT = 1000
 """Held-out images that tell how near to training new images are, if memory allows: a percentile needs many."""
 
-PAIRS = 500
+PAIRS = 1000
 SHOWN = 8
 BESIDE = ("_floor", "_reference")
 """What follows the name of a measure where it is that of training, or held-out, images."""
@@ -56,7 +56,7 @@ def evaluate_generated(folder: Path, reference: Path, out: Path, *, seed: int, u
 
     mean, about = _distances(generated.images, real, seen, training, data, seed)
     span = float(real.min()), float(real.max())
-    for name, images in (("ms_ssim", generated.images), ("ms_ssim_reference", real[:n])):
+    for name, images in (("ms_ssim", generated.images), ("ms_ssim_reference", real)):
         mean[name] = ms_ssim_diversity(images, span, pairs=PAIRS, seed=seed)
     if generated.masks is not None:
         values = np.array(list(dataset.labels))
