@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from medseg_diff import cli
-from medseg_diff.config import Config, parse_config, plain
+from medseg_diff.checkpoint import load_model
+from medseg_diff.config import Config, plain
+from medseg_diff.config_file import parse_config
 from medseg_diff.datasets.layouts import read_dataset
 from medseg_diff.datasets.phantom import make_phantom
 from medseg_diff.errors import UserError
+from medseg_diff.generate import generate_files
 from medseg_diff.realism import report
 from medseg_diff.realism.images import draw_crops, load_split, read_generated
 from medseg_diff.realism.report import evaluate_generated, table
@@ -27,7 +30,7 @@ def _folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("work"))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setattr(report, "STEPS", 100)
+        patch.setattr(report, "STEPS", 60)
         patch.setattr(report, "HELD_OUT", 300)
         make_phantom(Path("phantom"), 12, "mr", 1, 0)
         yield
@@ -153,6 +156,16 @@ def test_the_command_evaluates_volumes(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "label/organ/mean_ml" in out
     assert json.loads(Path("out3/summary.json").read_text())["mean"]["memorized"] == 1
+
+
+def test_what_generate_writes_is_read(models, monkeypatch):
+    monkeypatch.setattr(report, "STEPS", 2)
+    monkeypatch.setattr(report, "HELD_OUT", 10)
+    model = load_model(models["unconditional_slices"], torch.device("cpu"))
+    generate_files(model, Path("drawn"), 9, steps=1, seed=0)
+    summary = evaluate_generated(Path("drawn"), Path("phantom"), Path("drawn_out"), seed=0, uri="")
+    assert (summary["n"], summary["n_reference"]) == (9, 10)
+    assert summary["mean"]["memorized"] == 0
 
 
 def test_ct_comes_back_from_hounsfield_units():

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float32, Int, UInt8
 from torch import Tensor
 
-from medseg_diff.config import Config, Data, parse_config
+from medseg_diff.config import Config, Data
+from medseg_diff.config_file import parse_config
 from medseg_diff.console import progress, say
 from medseg_diff.datasets.cache import Volume, load_volumes
 from medseg_diff.datasets.layouts import Case, Dataset, split
@@ -24,8 +25,8 @@ from medseg_diff.scans.read import read_label_map, read_scan
 ABOUT = "generation.json"
 FEWEST = 8
 MOST = 5000
-MOST_VOXELS = 2**27
-"""Of a set of images: half a gigabyte."""
+MOST_VOXELS = 2**26
+"""Of a set of images: a quarter of a gigabyte."""
 
 
 @dataclass(frozen=True)
