@@ -17,7 +17,7 @@ import nibabel as nib
 import numpy as np
 
 from medseg_diff.checkpoint import Description, build, save_model
-from medseg_diff.config import load_config
+from medseg_diff.config_file import load_config
 from medseg_diff.datasets.phantom import draw_case
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from medseg_diff import __version__
-from medseg_diff.config import YAML_ERRORS, Config, parse_config, plain
+from medseg_diff.config import Config, plain
+from medseg_diff.config_file import YAML_ERRORS, parse_config
 from medseg_diff.errors import UserError, reason
 from medseg_diff.files import replacing
 from medseg_diff.networks import build_generator, build_network

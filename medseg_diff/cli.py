@@ -112,7 +112,7 @@ def train(
     device: DeviceOption = None,
 ) -> None:
     """Train into runs/NAME; the same command again goes on where it stopped."""
-    from medseg_diff.config import load_config
+    from medseg_diff.config_file import load_config
 
     loaded = load_config(config, set_ or [])
     folder = run_folder(config.stem if name is None else name)

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from medseg_diff.checkpoint import load_model
-from medseg_diff.config import Config, parse_config
+from medseg_diff.config import Config
+from medseg_diff.config_file import parse_config
 from medseg_diff.console import say
 from medseg_diff.datasets.layouts import read_dataset
 from medseg_diff.datasets.phantom import make_phantom

@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 

@@ -113,7 +113,7 @@ def generate_files(
 
 
 def _pictures(model: Model, x_t: Tensor, x_0: Tensor) -> dict[str, np.ndarray]:
-    """A noisy state and what is estimated from it, of the first images: upright, of volumes the middle slice, of pairs the mask too."""
+    """A noisy state and what is estimated from it, of the first images, upright; of volumes the middle slice."""
     channels, found = len(model.about.channels), {}
     for name, x in (("$x_t$", x_t[:SHOWN].cpu()), ("estimate of $x_0$", x_0[:SHOWN].cpu())):
         flat = (x if x.ndim == 4 else x[..., x.shape[-1] // 2]).rot90(dims=(-2, -1))

@@ -39,7 +39,7 @@ def untrained(path: Path, kind: str = "conditional", dims: int = 3, task: str | 
     import torch
 
     from medseg_diff.checkpoint import Description, build, save_model
-    from medseg_diff.config import parse_config
+    from medseg_diff.config_file import parse_config
 
     content = {
         "task": task or ("generate" if kind == "unconditional" else "segment"),

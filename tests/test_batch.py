@@ -6,7 +6,8 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from medseg_diff.config import Config, parse_config
+from medseg_diff.config import Config
+from medseg_diff.config_file import parse_config
 from medseg_diff.datasets.cache import Volume
 from medseg_diff.training.batch import Batch, draw_step, draw_times
 from medseg_diff.training.state import begin

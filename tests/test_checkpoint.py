@@ -26,7 +26,8 @@ from medseg_diff.checkpoint import (
     save_model,
     save_state,
 )
-from medseg_diff.config import Config, parse_config
+from medseg_diff.config import Config
+from medseg_diff.config_file import parse_config
 from medseg_diff.errors import UserError
 
 CPU = torch.device("cpu")

@@ -5,7 +5,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from medseg_diff.config import Config, flatten, load_config, parse_config, plain
+from medseg_diff.config import Config, flatten, plain
+from medseg_diff.config_file import load_config, parse_config
 from medseg_diff.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))

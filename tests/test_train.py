@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from medseg_diff import train as training
 from medseg_diff.checkpoint import describe
-from medseg_diff.config import Config, parse_config
+from medseg_diff.config import Config
+from medseg_diff.config_file import parse_config
 from medseg_diff.datasets.phantom import make_phantom
 from medseg_diff.errors import UserError
 from medseg_diff.train import rehearse, train

@@ -40,7 +40,7 @@ def build_network(
 
 
 def build_generator(kind: str, dims: int, inputs: int, outputs: int, widths: tuple[int, ...]) -> nn.Module:
-    """The network of `network.kind` that denoises images of `inputs` channels, with pairs those of the mask among them."""
+    """The network of `network.kind` that denoises images; with pairs the channels of the mask are among `inputs`."""
     match kind:
         case "unconditional":
             return UnconditionalNet(dims, inputs, outputs, widths)

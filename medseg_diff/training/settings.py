@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from medseg_diff.config import Config, Tracking, flatten, load_config, plain
+from medseg_diff.config import Config, Tracking, flatten, plain
+from medseg_diff.config_file import load_config
 from medseg_diff.console import progress
 from medseg_diff.datasets.layouts import Case
 from medseg_diff.errors import UserError
