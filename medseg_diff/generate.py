@@ -180,6 +180,7 @@ def _account(model: Model, count: int, steps: int, seed: int) -> dict[str, Any]:
     return {
         "model": {"path": str(model.path), "digest": model.digest, "version": model.about.version},
         "program": __version__,
+        "dataset": model.about.dataset,
         "count": count,
         "seed": seed,
         "steps": steps,

@@ -13,7 +13,7 @@ import pytest
 from medseg_diff import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("demo", "train", "segment", "evaluate", "generate", "compare", "check", "info", "phantom")
+COMMANDS = ("demo", "train", "segment", "evaluate", "generate", "diffusion", "compare", "check", "info", "phantom")
 
 
 @pytest.fixture

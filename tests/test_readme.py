@@ -1,4 +1,4 @@
-"""README keeps its word: its commands run, in order, and its links lead somewhere."""
+"""README and docs keep their word: their commands run, in order, and their links lead somewhere."""
 
 import re
 import shlex
@@ -27,10 +27,17 @@ def test_every_target_of_make_exists():
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
-def test_links_and_pictures_are_there():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_and_pictures_are_there(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_examples_of_the_docs_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/diffusion.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    exec("\n".join(blocks), {})
 
 
 @pytest.mark.slow

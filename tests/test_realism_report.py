@@ -145,7 +145,7 @@ def test_the_command_evaluates_volumes(monkeypatch, capsys):
     config = config_for((16, 16, 16))
     training, _ = load_split(read_dataset(Path("phantom")), config.data, labelled=True)
     images, labels = draw_crops(training, config.data, 8, (5,))
-    write(Path("volumes"), config, images, labels.numpy())
+    write(Path("volumes"), config, images, labels.numpy(), dataset={"dataset_digest": "another"})
     arguments = ["--generated", "volumes", "--reference", "phantom", "--out", "out3", "--uri", ""]
     monkeypatch.setattr(sys, "argv", ["medseg-diff", "evaluate", *arguments])
     monkeypatch.setattr(report, "HELD_OUT", 30)
@@ -153,8 +153,9 @@ def test_the_command_evaluates_volumes(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "label/organ/mean_ml" in out
+    assert "phantom is not what the model was trained on" in err
     assert json.loads(Path("out3/summary.json").read_text())["mean"]["memorized"] == 1
 
 

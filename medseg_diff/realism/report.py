@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from medseg_diff.config import Data, Tracking, flatten, plain
-from medseg_diff.console import progress
+from medseg_diff.console import progress, say
 from medseg_diff.datasets.cache import Volume
 from medseg_diff.datasets.layouts import Dataset, digest, read_dataset
 from medseg_diff.datasets.pipeline import outside
@@ -49,6 +49,7 @@ def evaluate_generated(folder: Path, reference: Path, out: Path, *, seed: int, u
     """
     dataset = read_dataset(reference)
     generated = read_generated(folder, dataset)
+    _warn_of_other_data(generated, dataset)
     data, n = generated.config.data, len(generated.images)
     training, held_out = load_split(dataset, data, labelled=generated.masks is not None)
     real, labels = draw_crops(held_out, data, max(n, min(HELD_OUT, most_images(data.size))), (seed, 0))
@@ -69,6 +70,12 @@ def evaluate_generated(folder: Path, reference: Path, out: Path, *, seed: int, u
         temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     _track(mean, generated, dataset, folder, out, seed=seed, uri=uri)
     return summary
+
+
+def _warn_of_other_data(generated: Generated, dataset: Dataset) -> None:
+    known = generated.about.get("dataset")
+    if isinstance(known, dict) and known.get("dataset_digest") not in (None, digest(dataset)):
+        say(f"warning: {dataset.root} is not what the model was trained on as it is now: the audit may miss its images")
 
 
 def table(summary: dict[str, Any]) -> str:
