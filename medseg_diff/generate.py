@@ -19,8 +19,9 @@ from medseg_diff.console import progress
 from medseg_diff.datasets.pipeline import original_intensities
 from medseg_diff.denoising import draw, estimate, method_of
 from medseg_diff.diffusion.masks import from_analog
-from medseg_diff.figures import colours, draw_film, draw_grid, draw_process
+from medseg_diff.figures import colours, draw_grid
 from medseg_diff.files import replacing
+from medseg_diff.film import draw_film, draw_process
 from medseg_diff.scans.write import write_volume
 
 TOGETHER = 16

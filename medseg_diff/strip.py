@@ -15,7 +15,7 @@ from medseg_diff.diffusion.process import add_noise, equivalent_noise, forward_c
 from medseg_diff.diffusion.sampler import ancestral_step
 from medseg_diff.diffusion.schedule import KINDS, betas, levels
 from medseg_diff.errors import UserError, reason
-from medseg_diff.figures import FRAMES, State, draw_film, draw_process
+from medseg_diff.film import FRAMES, State, draw_film, draw_process
 from medseg_diff.scans.preview import choose_view
 from medseg_diff.scans.read import KINDS as SCANS
 from medseg_diff.scans.read import read_scan
