@@ -5,13 +5,18 @@ from dataclasses import astuple
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from medseg_diff.config import Config
 from medseg_diff.config_file import parse_config
 from medseg_diff.datasets.cache import Volume
+from medseg_diff.diffusion.losses import variational_term
+from medseg_diff.diffusion.process import add_noise, target, x0_from
+from medseg_diff.diffusion.schedule import alpha_bar
 from medseg_diff.training.batch import Batch, draw_step, draw_times
+from medseg_diff.training.objective import EnergyScore
 from medseg_diff.training.state import begin
-from medseg_diff.training.step import take_step
+from medseg_diff.training.step import loss_of, take_step
 
 CPU = torch.device("cpu")
 
@@ -120,3 +125,119 @@ def test_one_pass_of_three_is_not_the_large_batch(volumes):
 def test_times_lie_on_the_grid():
     t = draw_times(1000, 4, 0.0, torch.Generator().manual_seed(0))
     assert t.unique().tolist() == [0.25, 0.5, 0.75, 1.0]
+
+
+DIFFUSION = {
+    "schedule": "sigmoid", "zero_terminal": False, "log_snr_shift": -0.9, "train_steps": 7, "scale": 0.7,
+    "prediction": "noise", "pure_noise": 0.0,
+}  # fmt: skip
+ENDS_IN_NOISE = DIFFUSION | {
+    "zero_terminal": True, "schedule": "linear", "log_snr_shift": 2.5, "prediction": "velocity",
+}  # fmt: skip
+
+
+class Stub(nn.Module):
+    """Keeps what it is called with, and answers with the same numbers always."""
+
+    def __init__(self, *answer: Tensor | None) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor | None, ...]:
+        self.inputs = inputs
+        return self.answer if len(self.answer) > 1 else self.answer[0]
+
+
+def batch_of(layers: int, maps: int, side: int = 16) -> tuple[Batch, Tensor]:
+    """The times t = 1/7, 4/7 and 1, and the one-hot labels."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(0, 3, (3, 16, 16), generator=generator)
+    image, noise = (
+        torch.randn(shape, generator=generator) for shape in ((3, 1, 16, 16), (3, layers, maps, side, side))
+    )
+    batch = Batch(image, labels, torch.tensor([1, 4, 7]).double() / 7, noise)
+    return batch, torch.stack([labels == k for k in range(3)], 1).float()
+
+
+def level_of(diffusion: dict, t: Tensor) -> Tensor:
+    return alpha_bar(
+        diffusion["schedule"], t, zero_terminal=diffusion["zero_terminal"], shift=diffusion["log_snr_shift"]
+    )
+
+
+def along(x: Tensor) -> Tensor:
+    return x.float()[:, None, None, None]
+
+
+def test_times_lie_on_the_configured_grid(volumes):
+    t = draw_step(settings(batch_size=40, diffusion=DIFFUSION), volumes, 3, (0, 0), CPU, False).t
+    assert t.mul(7).round(decimals=9).unique().tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("diffusion", [DIFFUSION, ENDS_IN_NOISE])
+@pytest.mark.parametrize("kind", ["classic_unet", "medsegdiff_v1"])
+def test_a_denoiser_of_masks_is_told_the_level_of_its_noise(kind, diffusion):
+    batch, truth = batch_of(1, 3)
+    stub = Stub(torch.zeros(3, 3, 16, 16), None)
+    loss = loss_of(stub, EnergyScore(), settings(kind, "segment", diffusion=diffusion), batch, 3, False)
+    level, x_0, noise = level_of(diffusion, batch.t), 0.7 * (2 * truth - 1), batch.noise[:, 0]
+    image, x, told = stub.inputs
+    assert image is batch.image
+    torch.testing.assert_close(told, level.float())
+    variance = level * 0.7**2 + 1 - level
+    torch.testing.assert_close(x, add_noise(x_0, noise, level) / along(variance.sqrt()))
+    wanted = target(diffusion["prediction"], x_0, noise, level)
+    assert loss.item() == pytest.approx(wanted.square().mean().item(), rel=1e-5)
+
+
+def test_draws_are_told_the_level_of_their_noise():
+    diffusion = ENDS_IN_NOISE | {"draws": 2}
+    batch, truth = batch_of(3, 3, side=4)
+    stub = Stub(torch.zeros(3, 3, 16, 16), torch.zeros(2, 3, 3, 16, 16))
+    loss_of(stub, EnergyScore(), settings("conditional", "segment", diffusion=diffusion), batch, 3, False)
+    level = level_of(diffusion, batch.t)
+    x_t = add_noise(0.7 * (2 * torch.nn.functional.avg_pool2d(truth, 4) - 1), batch.noise[:, 0], level)
+    image, x, told, draws = stub.inputs
+    assert image is batch.image
+    torch.testing.assert_close(told, level.float())
+    factor = along(level.sqrt() * 0.7 / (level * 0.7**2 + 1 - level))
+    torch.testing.assert_close(x, (factor * x_t).expand(2, *x_t.shape))
+    torch.testing.assert_close(draws, batch.noise[:, 1:].movedim(1, 0))
+
+
+@pytest.mark.parametrize("diffusion", [DIFFUSION, ENDS_IN_NOISE])
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("variance", ["small", "learned"])
+def test_a_denoiser_of_images_is_told_the_level_of_its_noise(diffusion, pairs, variance):
+    """The variance is learned for the step to the next time of training's own grid, whose steps add to the bound."""
+    batch, truth = batch_of(1, 4 if pairs else 1)
+    level, noise = level_of(diffusion, batch.t), batch.noise[:, 0]
+    x_0 = torch.cat([batch.image, 0.7 * (2 * truth - 1)], 1) if pairs else batch.image
+    generator = torch.Generator().manual_seed(5)
+    error, logits = (torch.randn(x_0.shape, generator=generator) for _ in range(2))
+    output = target(diffusion["prediction"], x_0, noise, level) + 0.1 * error
+    stub = Stub(torch.cat([output, logits], 1) if variance == "learned" else output)
+    config = settings(data={"pairs": pairs}, diffusion=diffusion | {"variance": variance})
+    loss = loss_of(stub, EnergyScore(), config, batch, 3, False)
+    x_t, told = stub.inputs
+    torch.testing.assert_close(told, level.float())
+    torch.testing.assert_close(x_t, add_noise(x_0, noise, level))
+    expected = (0.1 * error).square().mean().item()
+    if variance == "learned":
+        cleaner = level_of(diffusion, torch.tensor([0, 3, 6]).double() / 7)
+        estimate = x0_from(diffusion["prediction"], x_t, output, level)
+        bound = variational_term(x_0, x_t, estimate, logits.sigmoid(), level, cleaner).mean().item() * 7 / 1000
+        assert bound > 1e-3 * expected, "or the comparison would not see it"
+        expected += bound
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_condition_model_is_taught_every_so_many_steps(volumes):
+    """No other loss reaches its head."""
+    config = settings("medsegdiff_v2", "segment", condition_every=3)
+    state = begin(config, 1, 3, CPU)
+    taught = []
+    for state.step in range(6):
+        take_step(state, config, volumes, 3)
+        taught.append(any(bool(p.grad.any()) for p in state.network.condition_head.parameters()))
+    assert taught == [True, False, False, True, False, False]

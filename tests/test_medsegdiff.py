@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from medseg_diff.networks.blocks import from_spectrum, spectrum
 from medseg_diff.networks.medsegdiff_v1 import FFParser, MedSegDiffV1, attentive_fusion
 from medseg_diff.networks.medsegdiff_v2 import AnchorCondition, MedSegDiffV2, NeuralBandPass, SpectralAttention
+from medseg_diff.training.objective import mask_loss
 
 FOUR, FIVE = (8, 8, 16, 16), (8, 8, 16, 16, 24)
 SIZE = (16, 32, 16)
@@ -272,6 +273,21 @@ def test_the_diffusion_loss_teaches_the_condition_model_but_not_its_head():
     output.square().mean().backward()
     assert all(p.grad is None for p in v2.condition_head.parameters())
     assert all(p.grad is not None and p.grad.any() for p in v2.condition.parameters())
+
+
+@pytest.mark.parametrize("teach_condition", [False, True])
+def test_the_loss_gives_every_parameter_a_gradient(teach_condition):
+    """Gradients of processes are added up for every parameter; where the head is not taught, its own is zero."""
+    v2 = network("v2")
+    image, noise, _ = inputs()
+    labels = torch.randint(0, 3, (2, *SIZE[:2]), generator=torch.Generator().manual_seed(2))
+    options = {"classes": 3, "scale": 0.5, "prediction": "velocity", "weighting": "uniform"}
+    level = torch.tensor([0.2, 0.9])
+    mask_loss(v2, image, labels, level, noise, **options, teach_condition=teach_condition).backward()
+    gradients = {name: p.grad for name, p in v2.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+    silent = {name for name, gradient in gradients.items() if not gradient.any()}
+    assert silent == (set() if teach_condition else {"condition_head.weight", "condition_head.bias"})
 
 
 @pytest.mark.parametrize("kind", KINDS)

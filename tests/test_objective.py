@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medseg_diff.diffusion.losses import loss_weight
+from medseg_diff.diffusion.losses import loss_weight, variational_term
 from medseg_diff.diffusion.masks import one_hot
-from medseg_diff.diffusion.process import target, velocity
+from medseg_diff.diffusion.process import add_noise, target, velocity, x0_from
 from medseg_diff.networks import build_generator, build_network
 from medseg_diff.training.batch import draw_times
 from medseg_diff.training.objective import (
@@ -266,3 +266,39 @@ def test_the_bound_teaches_the_variance_and_not_the_estimate():
     torch.testing.assert_close(learned[:, :1], plain[:, :1])
     assert (learned[:, 1:] != 0).any()
     assert (plain[:, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "x0", "noise"])
+@pytest.mark.parametrize("train_steps", [40, 4000])
+def test_squared_error_and_bound_by_number(prediction, train_steps):
+    """L_simple + 0.001 L_vlb: the mean term of a random step, times the number of steps (Nichol & Dhariwal, eq. 16)."""
+    x_0, noise, output, logits = (torch.randn(2, 1, 8, 8, generator=generator(seed)) for seed in (1, 2, 4, 5))
+    level, cleaner = torch.tensor([0.5, 0.9]), torch.tensor([0.52, 0.95])
+    found = generation_loss(
+        Constant(torch.cat([output, logits], 1)), x_0, level, noise,
+        prediction=prediction, weighting="uniform", cleaner=cleaner, train_steps=train_steps,
+    )  # fmt: skip
+    x_t = add_noise(x_0, noise, level)
+    estimate = x0_from(prediction, x_t, output, level)
+    bound = variational_term(x_0, x_t, estimate, logits.sigmoid(), level, cleaner).mean()
+    error = (output - target(prediction, x_0, noise, level)).square().mean()
+    assert found.item() == pytest.approx(error.item() + bound.item() * train_steps / 1000, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "weights"),
+    [("x0", [1 / 4 + 4, 4 + 4]), ("velocity", [0.2 + 0.8 * 4, 0.8 + 0.2 * 4]), ("noise", [1 + 4 * 4, 1 + 4 / 4])],
+)
+def test_the_level_weight_of_a_mask_knows_its_scale(prediction, weights):
+    """SNR + 1 / 0.5^2 on the error of x_0, at SNR 1/4 and 4; on the other errors divided by their multiple of it."""
+    image, labels = batch()
+    level, noise = torch.tensor([0.2, 0.8]), torch.randn(2, 3, 32, 16, generator=generator(3))
+    output = torch.randn(2, 3, 32, 16, generator=generator(4))
+
+    class Silent(nn.Module):
+        def forward(self, *inputs: Tensor) -> tuple[Tensor, None]:
+            return output, None
+
+    found = mask_loss(Silent(), image, labels, level, noise, **OPTIONS, prediction=prediction, weighting="level")
+    errors = (output - target(prediction, one_hot(labels, 3) - 0.5, noise, level)).square().mean((1, 2, 3))
+    assert found.item() == pytest.approx((torch.tensor(weights) * errors).mean().item(), rel=1e-5)
