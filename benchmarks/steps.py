@@ -19,7 +19,7 @@ import torch
 from medseg_diff.checkpoint import Model, load_model
 from medseg_diff.console import say
 from medseg_diff.datasets.layouts import Case, read_dataset, split
-from medseg_diff.denoising import with_sampler
+from medseg_diff.denoising import resampled
 from medseg_diff.diffusion.sampler import METHODS
 from medseg_diff.evaluate import evaluate_model
 from medseg_diff.figures import Panel, draw_lines
@@ -46,13 +46,13 @@ def main() -> None:
     generator = load_model(options.images / "best.safetensors", cpu)
     data = denoiser.about.config.data
     _, cases = split(read_dataset(options.data), data.folds, data.fold)
-    cases = cases[:: len(cases) // options.cases][: options.cases]
+    cases = cases[:: max(1, len(cases) // options.cases)][: options.cases]
     distance, floor = distance_to(options.data, generator, options.count)
     found = {name: {method: [] for method in METHODS} for name in ("mask", "agreement", "image")}
     for method in METHODS:
         for steps in STEPS:
-            dice, agreement = masks(with_sampler(denoiser, method), cases, steps, options.samples)
-            images = generate_images(with_sampler(generator, method), options.count, steps=steps, seed=0)
+            dice, agreement = masks(resampled(denoiser, sampler=method), cases, steps, options.samples)
+            images = generate_images(resampled(generator, sampler=method), options.count, steps=steps, seed=0)
             for name, value in zip(found, (dice, agreement, distance(images)), strict=True):
                 found[name][method].append(value)
             say(f"{method}, {steps} steps: " + ", ".join(f"{name} {found[name][method][-1]:.3f}" for name in found))

@@ -43,6 +43,15 @@ class Modality(StrEnum):
 Sampler = StrEnum("Sampler", {"ddpm": "ddpm", "ddim": "ddim", "dpm": "dpm++", "dpm_sde": "dpm++sde", "heun": "heun"})
 """How noise becomes a mask or an image."""
 
+
+class Fuse(StrEnum):
+    """How samples become one mask."""
+
+    mean = "mean"
+    vote = "vote"
+    staple = "staple"
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", help="A .safetensors file or a run folder; else $MEDSEG_DIFF_MODEL, else the newest run."),
@@ -51,6 +60,9 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="T
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda; by default cuda where there is one.")]
 SamplerOption = Annotated[
     Sampler | None, typer.Option("--sampler", help="How noise becomes a mask or an image; by default the model's.")
+]
+FuseOption = Annotated[
+    Fuse | None, typer.Option("--fuse", help="How MedSegDiff and the classic U-Net report their samples.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -138,6 +150,7 @@ def segment(
     samples: Annotated[int | None, typer.Option(min=2, max=1024, help="Masks to draw.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Steps of the sampler for a mask.")] = None,
     sampler: SamplerOption = None,
+    fuse: FuseOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
     save: Annotated[
@@ -149,7 +162,7 @@ def segment(
     from medseg_diff.scans.read import find_scans
 
     found = find_scans(scans)
-    loaded = _load(model, device, "segment", sampler)
+    loaded = _load(model, device, "segment", sampler, fuse)
     from medseg_diff.segment import segment_files
 
     items = [item.strip() for item in save.split(",") if item.strip()]
@@ -180,14 +193,16 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(min=2, max=1024, help="Masks to draw a case.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Steps of the sampler for a mask.")] = None,
     sampler: SamplerOption = None,
+    fuse: FuseOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
     uri: Annotated[str | None, typer.Option(help="Tracking store; by default mlflow.db here.")] = None,
 ) -> None:
     """Score a model on a data set, label maps against references, or generated images against a data set."""
     if generated is not None or reference is not None:
-        if generated is None or reference is None or any(given is not None for given in (model, data, predictions)):
-            advice = "Give --generated and --reference, and no other source."
+        others = (model, data, predictions, references, samples, steps, sampler, fuse, device)
+        if generated is None or reference is None or any(given is not None for given in others):
+            advice = "Give --generated and --reference, and besides only --out, --seed and --uri."
             raise UserError("evaluate", "the options do not fit together", advice)
         from medseg_diff.realism.report import evaluate_generated
         from medseg_diff.realism.report import table as realism_table
@@ -200,7 +215,7 @@ def evaluate(
         raise UserError("evaluate", "the options do not fit together", advice)
     if predictions is None and data is None:
         raise UserError("evaluate", "nothing to evaluate", "Give --data ROOT, or --predictions and --references.")
-    loaded = None if predictions else _load(model, device, "segment", sampler)
+    loaded = None if predictions else _load(model, device, "segment", sampler, fuse)
     from medseg_diff.evaluate import run_evaluation
     from medseg_diff.metrics import table
 
@@ -323,13 +338,13 @@ def run_folder(name: str) -> Path:
     return Path("runs") / name
 
 
-def _load(given: str | None, device: str | None, task: str, sampler: StrEnum | None = None) -> Any:
+def _load(given: str | None, device: str | None, task: str, sampler: StrEnum | None, fuse: Fuse | None = None) -> Any:
     from medseg_diff.checkpoint import find_model
 
     path, where = find_model(given, task)
     from medseg_diff.checkpoint import load_model
     from medseg_diff.console import say
-    from medseg_diff.denoising import with_sampler
+    from medseg_diff.denoising import resampled
     from medseg_diff.device import choose_device
 
     model = load_model(path, choose_device(device))
@@ -338,7 +353,7 @@ def _load(given: str | None, device: str | None, task: str, sampler: StrEnum | N
             path, f"is a model of task {model.about.config.task}, not {task}", f"Name a model of task {task}."
         )
     say(f"model: {path} ({where})")
-    return with_sampler(model, sampler and sampler.value)
+    return resampled(model, sampler=sampler and sampler.value, fuse=fuse and fuse.value)
 
 
 def _outline(values: dict[str, Any], indent: int = 0) -> str:

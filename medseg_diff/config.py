@@ -1,5 +1,6 @@
 """The configuration: the only home of defaults. A field's docstring is its documentation."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,14 +79,14 @@ class Diffusion(_Section):
     """Noise schedule."""
     zero_terminal: bool = True
     """The schedule is rescaled to end in pure noise (zero terminal SNR)."""
-    log_snr_shift: Finite = 0.0
+    log_snr_shift: Annotated[float, Field(ge=-20, le=20)] = 0.0
     """Added to the schedule's log-SNR; below 0 there is more noise at every time, as large images need."""
-    train_steps: Annotated[int, Field(ge=2)] = 1000
+    train_steps: Annotated[int, Field(ge=4)] = 1000
     """Number of noise levels that training draws from."""
     scale: Positive = 0.5
     """b: analog masks live in [-b, b]."""
     pure_noise: Share = 0.5
-    """Share of the training levels that are pure noise, the level at which one call draws a sample."""
+    """Share of the training levels that are pure noise, where one call draws a sample; 0 for the other denoisers."""
     draws: Annotated[int, Field(ge=2)] = 4
     """Of conditional: masks drawn for one training image, which the energy score compares."""
     prediction: Literal["velocity", "x0", "noise"] = "velocity"
@@ -106,7 +107,8 @@ class Train(_Section):
     batch_size: Count = 2
     """Crops, or slices, in a forward pass."""
     accumulate: Count = 1
-    """Forward passes whose gradients are gathered for one step."""
+    """Forward passes whose gradients are gathered for one step. It equals the large batch, but for what is a statistic
+    of a pass: soft Dice over the batch, and the running scales of conditional's energy score."""
     lr: Positive = 2e-3
     """Highest learning rate of AdamW, reached after the warm-up, then lowered along a cosine."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
@@ -137,9 +139,9 @@ class Segment(_Section):
     samples: Annotated[int, Field(ge=2, le=1024)] = 16
     """Masks (or images to preview) drawn by default."""
     steps: Count = 1
-    """Steps of the sampler; a step calls the denoiser once (twice with heun)."""
+    """Steps of the sampler, 32 for other denoisers than conditional; a step calls it once (twice with heun)."""
     sampler: Literal["auto", "ddpm", "ddim", "dpm++", "dpm++sde", "heun"] = "auto"
-    """auto: ddpm for conditional, which draws at every call, and dpm++ for the others, which estimate the mean."""
+    """auto: ddpm for conditional, which draws at every call, and where the variance is not small; else dpm++."""
     eta: Share = 0.0
     """Of ddim: share of fresh noise."""
     spacing: Literal["trailing", "leading", "linspace", "log_snr"] = "trailing"
@@ -185,33 +187,78 @@ class Config(_Section):
     segment: Segment = Segment()
     tracking: Tracking = Tracking()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_by_kind(cls, values: Any) -> Any:
+        """A draw takes one step from pure noise; a network that estimates the mean takes many, from any level."""
+        if not isinstance(values, dict):
+            return values
+        sections = {key: values.get(key, {}) for key in ("network", "diffusion", "segment")}
+        if not all(isinstance(section, dict) for section in sections.values()):
+            return values
+        many = sections["network"].get("kind", "conditional") in PREDICTING
+        diffusion = {"pure_noise": 0.0 if many else 0.5} | sections["diffusion"]
+        return {**values, "diffusion": diffusion, "segment": {"steps": 32 if many else 1} | sections["segment"]}
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        data = self.data
-        if data.fold >= data.folds:
-            raise ValueError(f"data.fold: {data.fold} is not below data.folds, {data.folds}")
-        if len(data.size) != data.spatial_dims:
-            raise ValueError(
-                f"data.size: {data.spatial_dims} numbers are needed for data.spatial_dims {data.spatial_dims}"
-            )
-        if data.window_hu[0] >= data.window_hu[1]:
-            raise ValueError("data.window_hu: the first number must be below the second")
-        if self.network.kind not in SERVES[self.task]:
-            raise ValueError(f"network.kind: {self.network.kind} does not serve task {self.task}")
-        if self.task == "segment" and data.pairs:
-            raise ValueError("data.pairs: pairs are generated; it needs task generate")
-        if self.task == "segment" and self.diffusion.variance == "learned":
-            raise ValueError("diffusion.variance: learned needs task generate")
-        if self.task == "generate" and self.segment.limit != "none" and (data.modality != "ct" or data.pairs):
-            raise ValueError("segment.limit: the range of these images is not known; set it to none")
-        if self.diffusion.zero_terminal and self.diffusion.prediction == "noise" and self.network.kind in PREDICTING:
-            raise ValueError(
-                "diffusion.prediction: the noise says nothing where there is nothing else; predict x0 or velocity, "
-                "or set diffusion.zero_terminal to false"
-            )
-        if self.network.kind == "conditional" and not self.diffusion.zero_terminal:
-            raise ValueError("diffusion.zero_terminal: conditional draws from pure noise, and needs true")
+        for wrong, message in _misfits(self):
+            if wrong:
+                raise ValueError(message)
         return self
+
+
+def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
+    """Every rule between keys: whether it is broken, and what to say then."""
+    data, diffusion, segment, kind = config.data, config.diffusion, config.segment, config.network.kind
+    generate, dims = config.task == "generate", data.spatial_dims
+    ends_in_noise = diffusion.zero_terminal or diffusion.schedule == "cosine"
+    yield data.fold >= data.folds, f"data.fold: {data.fold} is not below data.folds, {data.folds}"
+    yield len(data.size) != dims, f"data.size: {dims} numbers are needed for data.spatial_dims {dims}"
+    yield data.window_hu[0] >= data.window_hu[1], "data.window_hu: the first number must be below the second"
+    yield kind not in SERVES[config.task], f"network.kind: {kind} does not serve task {config.task}"
+    yield data.pairs and not generate, "data.pairs: pairs are generated; it needs task generate"
+    yield (
+        config.network.padding == "valid" and (generate or kind != "classic_unet"),
+        "network.padding: valid is for classic_unet with task segment",
+    )
+    yield (
+        diffusion.variance == "learned" and not generate,
+        "diffusion.variance: learned needs task generate",
+    )
+    yield (
+        diffusion.variance == "large" and kind == "conditional",
+        "diffusion.variance: conditional draws masks, and the small one is exact",
+    )
+    yield (
+        kind == "conditional" and segment.sampler not in ("auto", "ddpm", "ddim"),
+        f"segment.sampler: {segment.sampler} builds on estimates, and conditional draws; choose ddpm or ddim",
+    )
+    yield (
+        diffusion.variance != "small" and segment.sampler not in ("auto", "ddpm"),
+        f"diffusion.variance: {diffusion.variance} is for segment.sampler ddpm",
+    )
+    yield (
+        kind == "conditional" and not ends_in_noise,
+        "diffusion.zero_terminal: conditional draws from pure noise, and needs true",
+    )
+    yield (
+        diffusion.prediction == "noise" and kind in PREDICTING and ends_in_noise,
+        "diffusion.prediction: at pure noise the noise says nothing else; predict x0 or velocity, or take another "
+        "schedule than cosine with diffusion.zero_terminal false",
+    )
+    yield (
+        diffusion.weighting == "min_snr" and diffusion.pure_noise > 0 and kind in PREDICTING,
+        "diffusion.weighting: min_snr teaches nothing at pure noise; set diffusion.pure_noise to 0",
+    )
+    yield (
+        segment.spacing == "leading" and ends_in_noise,
+        "segment.spacing: leading does not begin at the pure noise of this schedule; choose trailing",
+    )
+    yield (
+        segment.limit != "none" and generate and (data.modality != "ct" or data.pairs),
+        "segment.limit: the range of these images is not known; set it to none",
+    )
 
 
 def plain(config: Config) -> dict[str, Any]:

@@ -9,24 +9,29 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from medseg_diff.checkpoint import Model
-from medseg_diff.config import Config
+from medseg_diff.config import Config, plain
+from medseg_diff.config_file import parse_config
 from medseg_diff.device import autocast
 from medseg_diff.diffusion.process import x0_from
 from medseg_diff.diffusion.sampler import clip, dynamic_threshold, sample
 from medseg_diff.diffusion.schedule import levels
+from medseg_diff.errors import UserError
 
 
 def path_of(config: Config, steps: int) -> Float64[Tensor, "levels"]:
-    """The noise levels of so many steps, from noise to clean."""
+    """The noise levels of so many steps, from noise to clean. Raises UserError for more steps than the spacing has."""
     diffusion = config.diffusion
-    return levels(
-        diffusion.schedule,
-        steps,
-        spacing=config.segment.spacing,
-        train_steps=diffusion.train_steps,
-        zero_terminal=diffusion.zero_terminal,
-        shift=diffusion.log_snr_shift,
-    )
+    try:
+        return levels(
+            diffusion.schedule,
+            steps,
+            spacing=config.segment.spacing,
+            train_steps=diffusion.train_steps,
+            zero_terminal=diffusion.zero_terminal,
+            shift=diffusion.log_snr_shift,
+        )
+    except ValueError as error:
+        raise UserError(f"{steps} steps", str(error), "Take fewer --steps, or train with another spacing.") from error
 
 
 def draw(
@@ -54,7 +59,7 @@ def method_of(config: Config) -> str:
     """The sampler's name."""
     if config.segment.sampler != "auto":
         return config.segment.sampler
-    return "ddpm" if config.network.kind == "conditional" else "dpm++"
+    return "ddpm" if config.network.kind == "conditional" or config.diffusion.variance != "small" else "dpm++"
 
 
 def estimate(
@@ -70,12 +75,16 @@ def estimate(
     return x0_from(config.diffusion.prediction, x_t, output, level), fraction.sigmoid()
 
 
-def with_sampler(model: Model, sampler: str | None) -> Model:
-    """The model with another sampler than its configuration names."""
-    if sampler is None:
+def resampled(model: Model, **changes: Any) -> Model:
+    """The model with other settings of sampling than it was saved with; None changes nothing. Raises UserError."""
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if not changes:
         return model
-    config = model.about.config
-    config = config.model_copy(update={"segment": config.segment.model_copy(update={"sampler": sampler})})
+    named = " ".join(f"--{key} {value}" for key, value in changes.items())
+    if model.about.config.network.kind == "unet":
+        raise UserError(named, "this model is deterministic, it draws no samples", f"Leave {named} out.")
+    content = plain(model.about.config)
+    config = parse_config(content | {"segment": content["segment"] | changes}, named)
     return replace(model, about=replace(model.about, config=config))
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 VOXELS_AT_ONCE = 4_000_000
 """Voxels times samples that are compared at once: bounds the memory; below 2^24 the counts are exact in float32."""
 
+STAPLE_ITERATIONS = 100
+"""Samples without any structure never converge."""
+
 
 @dataclass(frozen=True)
 class LabelReport:
@@ -89,15 +92,19 @@ def interval90(volumes_ml: Float[np.ndarray, "samples"], reported_ml: float) -> 
 def staple(samples: UInt8[np.ndarray, "samples *space"], classes: int) -> Float[np.ndarray, "{classes} *space"]:
     """Probabilities of every class by STAPLE (Warfield et al. 2004), label by label, scaled to sum to 1.
 
-    It weighs each sample by its estimated sensitivity and specificity, over the whole volume at once. Where samples
-    agree on a label everywhere there is nothing to estimate (SimpleITK answers NaN for a label that nobody drew), and
-    their opinion stands.
+    It weighs each sample by its estimated sensitivity and specificity, over the whole volume at once, in at most
+    STAPLE_ITERATIONS steps. Where samples agree on a label everywhere there is nothing to estimate (SimpleITK answers
+    NaN for a label that nobody drew), and their opinion stands. It judges samples, not voxels: a structure that few
+    samples draw, and all the same, comes out as a whole or not at all.
     """
+    judge = sitk.STAPLEImageFilter()
+    judge.SetForegroundValue(1.0)
+    judge.SetMaximumIterations(STAPLE_ITERATIONS)
     found = np.empty((classes, *samples.shape[1:]), np.float32)
     for index in range(classes):
         members = (samples == index).astype(np.uint8)
         if (members == members[:1]).all():
             found[index] = members[0]
         else:
-            found[index] = sitk.GetArrayFromImage(sitk.STAPLE([sitk.GetImageFromArray(m) for m in members], 1.0))
+            found[index] = sitk.GetArrayFromImage(judge.Execute([sitk.GetImageFromArray(m) for m in members]))
     return found / found.sum(0)

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,31 @@ from medseg_diff.console import progress
 from medseg_diff.datasets.pipeline import original_intensities
 from medseg_diff.denoising import draw, estimate, method_of
 from medseg_diff.diffusion.masks import from_analog
+from medseg_diff.errors import UserError
 from medseg_diff.figures import colours, draw_grid
 from medseg_diff.files import replacing
 from medseg_diff.film import draw_film, draw_process
-from medseg_diff.scans.write import write_volume
+from medseg_diff.scans.write import label_dtype, write_volume
 
 TOGETHER = 16
 """Images in one call of the network."""
+
+IN_GRID = 64
+"""Images in `grid.png`."""
+
+ABOUT = "generation.json"
+
+Watch = Callable[[Tensor, Tensor, float], object]
 
 SHOWN = 2
 """Images whose way from noise is shown."""
 
 
 @torch.inference_mode()
-def generate_images(
-    model: Model,
-    count: int,
-    *,
-    steps: int,
-    seed: int,
-    watch: Callable[[Tensor, Tensor, float], object] = lambda x_t, x_0, alpha_bar: None,
-) -> Float[Tensor, "count channels *size"]:
-    """Images with the intensities of training (normalized), from noise seeded by (seed, image).
+def draw_images(
+    model: Model, count: int, *, steps: int, seed: int, watch: Watch = lambda x_t, x_0, alpha_bar: None
+) -> Iterator[Float[Tensor, "together channels *size"]]:
+    """Images with the intensities of training (normalized), from noise seeded by (seed, image), some at a time.
 
     Where the model makes pairs, the analog masks of its labels are the last channels. watch(x_t, x_0, alpha_bar_t) sees
     the first images at every call, and what they became.
@@ -48,12 +51,11 @@ def generate_images(
     config = model.about.config
     masks = len(model.about.labels) if config.data.pairs else 0
     shape = (len(model.about.channels) + masks, *config.data.size)
-
-    images: list[Tensor] = []
+    first = True
 
     def denoise(x_t: Tensor, alpha_bar: Tensor) -> Any:
         found = estimate(model, model.network, x_t, alpha_bar)
-        if not images:
+        if first:
             watch(x_t, found[0] if isinstance(found, tuple) else found, float(alpha_bar))
         return found
 
@@ -65,52 +67,81 @@ def generate_images(
                 return torch.stack([_noise(shape, seed, index, call) for index in chosen]).to(model.device)
 
             x_0 = draw(config, denoise, noise(0), steps, lambda step: noise(step + 1))
-            if not images:
+            if not torch.isfinite(x_0).all():
+                raise UserError(model.path, "its images are not finite", "Train it again, at a lower train.lr.")
+            if first:
                 watch(x_0, x_0, 1.0)
-            images.append(x_0.cpu())
+            first = False
+            yield x_0.cpu()
             advance(len(chosen))
-    return torch.cat(images)
+
+
+def generate_images(model: Model, count: int, *, steps: int, seed: int) -> Float[Tensor, "count channels *size"]:
+    """All of `draw_images`."""
+    return torch.cat(list(draw_images(model, count, steps=steps, seed=seed)))
 
 
 def generate_files(
     model: Model, out: Path, count: int, *, steps: int | None, seed: int, show_process: bool = False
 ) -> list[Path]:
-    """Writes `grid.png`, `generation.json` and one `image_NNNN.nii.gz` an image; returns the paths.
+    """Writes one `image_NNNN.nii.gz` an image as they come, then `grid.png` and `generation.json`; returns the paths.
 
     With pairs `image_NNNN_seg.nii.gz` lies beside each image, and the folder is a data set in the Decathlon layout: the
     same files again in `imagesTr` and `labelsTr` (as links where the disk has them), and a `dataset.json`.
-    `show_process` adds `process.png` and `process.gif`.
+    `show_process` adds `process.png` and `process.gif`. What an earlier call left in the folder is removed.
     """
     config, channels = model.about.config, len(model.about.channels)
     steps = steps or config.segment.steps
     out.mkdir(parents=True, exist_ok=True)
+    _remove_earlier(out)
     states: list[tuple[str, dict[str, np.ndarray]]] = []
 
     def watch(x_t: Tensor, x_0: Tensor, alpha_bar: float) -> None:
         if show_process:
             states.append((rf"$\bar\alpha$ = {alpha_bar:.3f}", _pictures(model, x_t, x_0)))
 
-    drawn = generate_images(model, count, steps=steps, seed=seed, watch=watch)
-    images = original_intensities(drawn[:, :channels], config.data)
-    masks = drawn[:, channels:].argmax(1) if config.data.pairs else None
-    paths = [out / "grid.png", out / "generation.json"]
-    draw_grid(images[:64, 0], paths[0], None if masks is None else masks[:64])
-    _write_json(paths[1], _account(model, count, steps, seed))
+    _write_json(out / ABOUT, _account(model, count, steps, seed))
+    paths, per_image = [out / ABOUT], 2 if config.data.pairs else 1
+    shown: list[Tensor] = []
+    for drawn in draw_images(model, count, steps=steps, seed=seed, watch=watch):
+        shown += list(drawn[: max(0, IN_GRID - len(shown))])
+        for pair in drawn:
+            paths += _write_pair(model, pair, out, f"image_{(len(paths) - 1) // per_image:04d}")
+    grid = torch.stack(shown)
+    draw_grid(grid[:, 0], out / "grid.png", grid[:, channels:].argmax(1) if config.data.pairs else None)
+    paths.insert(0, out / "grid.png")
     if show_process:
         paths += _draw_states(model, states, out)
-    values = np.array(list(model.about.labels))
-    for index, image in enumerate(images):
-        path = out / f"image_{index:04d}.nii.gz"
-        _write(model, image.numpy(), path)
-        paths.append(path)
-        if masks is not None:
-            path = out / f"image_{index:04d}_seg.nii.gz"
-            labels = values[masks[index].numpy()]
-            _write(model, labels[None].astype(np.uint8 if values.max() < 256 else np.int16), path)
-            paths.append(path)
-    if masks is not None:
+    if config.data.pairs:
         paths += _as_dataset(model, out, count)
     return paths
+
+
+def _write_pair(model: Model, drawn: Float[Tensor, "channels *size"], out: Path, name: str) -> list[Path]:
+    """The image, and the mask where the model makes pairs."""
+    channels, values = len(model.about.channels), np.array(list(model.about.labels))
+    paths = [out / f"{name}.nii.gz"]
+    _write(model, original_intensities(drawn[:channels], model.about.config.data).numpy(), paths[0])
+    if model.about.config.data.pairs:
+        paths.append(out / f"{name}_seg.nii.gz")
+        labels = values[drawn[channels:].argmax(0).numpy()]
+        _write(model, labels[None].astype(label_dtype(values.tolist())), paths[1])
+    return paths
+
+
+def _remove_earlier(out: Path) -> None:
+    """Files of this program alone, and only where it says that it wrote some: two models must not mix."""
+    if not (out / ABOUT).exists():
+        return
+    for pattern in (
+        "image_*.nii.gz",
+        "imagesTr/image_*.nii.gz",
+        "labelsTr/image_*.nii.gz",
+        "process.*",
+        "dataset.json",
+    ):
+        for path in out.glob(pattern):
+            path.unlink()
 
 
 def _pictures(model: Model, x_t: Tensor, x_0: Tensor) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from medseg_diff.device import autocast
 from medseg_diff.diffusion.masks import from_analog, input_scale, one_hot, pool, to_analog
 from medseg_diff.diffusion.process import input_scale_wiener
 from medseg_diff.ensemble import Tally, staple
+from medseg_diff.errors import UserError
 from medseg_diff.networks.blocks import Condition, nearest
 from medseg_diff.networks.conditional import STRIDE, Features
 from medseg_diff.windows import Window, importance, pad_to_stride, windows
@@ -243,6 +244,8 @@ def _draw_by_denoising(
         return x_0
 
     x_0 = draw(config, denoise, maps(0), steps, lambda step: maps(2 * step + 1))
+    if not torch.isfinite(x_0).all():
+        raise UserError(model.path, "the masks it draws are not finite", "Train it again, at a lower train.lr.")
     return _soft(x_0, scale).unflatten(0, (-1, batch))
 
 

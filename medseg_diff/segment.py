@@ -26,7 +26,7 @@ from medseg_diff.inference import Prediction, predict
 from medseg_diff.scans.preview import draw_preview
 from medseg_diff.scans.read import Scan, read_scan
 from medseg_diff.scans.rtstruct import write_rtstruct
-from medseg_diff.scans.write import write_dicom_seg, write_nifti, write_seg_nrrd
+from medseg_diff.scans.write import label_dtype, write_dicom_seg, write_nifti, write_seg_nrrd
 
 FILES = {
     "seg": "_seg.nii.gz", "prob": "_prob.nii.gz", "uncertainty": "_uncertainty.nii.gz", "samples": "_samples.nii.gz",
@@ -72,7 +72,7 @@ def segment_scan(
         prediction = _nothing(len(values), samples, grid, kept)
     else:
         prediction = predict(model, image, samples=samples, steps=steps, seed=seed, keep=kept, progress=progress)
-    best, label_map = np.full(scan.shape, -1, np.float32), np.zeros(scan.shape, _dtype(values))
+    best, label_map = np.full(scan.shape, -1, np.float32), np.zeros(scan.shape, label_dtype(values))
     for value, frame in zip(values, probability_frames(prediction, affine, scan), strict=True):
         better = frame > best
         label_map[better] = value
@@ -95,7 +95,7 @@ def sample_frames(
     """Each sampled mask on the scan's grid: class by class, thresholded last."""
     assert segmentation.prediction.samples is not None
     for mask in segmentation.prediction.samples:
-        best, label_map = np.zeros(scan.shape, np.float32), np.full(scan.shape, values[0], _dtype(values))
+        best, label_map = np.zeros(scan.shape, np.float32), np.full(scan.shape, values[0], label_dtype(values))
         for index, value in enumerate(values):
             frame = restore(torch.from_numpy(mask == index).float(), segmentation.affine, scan)
             label_map[frame > best] = value
@@ -243,7 +243,3 @@ def _nothing(classes: int, samples: int, grid: tuple[int, ...], kept: np.ndarray
     probabilities[0] = 1
     tally = Tally.empty(samples, classes) if samples else None
     return Prediction(probabilities, tally, kept)
-
-
-def _dtype(values: Sequence[int]) -> type[np.integer]:
-    return np.uint8 if min(values) >= 0 and max(values) <= 255 else np.int16

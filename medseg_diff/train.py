@@ -19,6 +19,7 @@ from medseg_diff.console import progress, say
 from medseg_diff.datasets.cache import Volume, load_volumes
 from medseg_diff.datasets.layouts import Case, Dataset, digest, read_dataset, split
 from medseg_diff.datasets.pipeline import preprocessing
+from medseg_diff.denoising import path_of
 from medseg_diff.errors import UserError
 from medseg_diff.figures import draw_curves
 from medseg_diff.files import owned, replacing
@@ -130,10 +131,11 @@ def rehearse(config: Config, folder: Path, device: torch.device) -> str:
 
 def plan(config: Config) -> tuple[Dataset, tuple[Case, ...], tuple[Case, ...]]:
     """The data set, and its cases for training and for validation. Raises UserError."""
+    path_of(config, config.segment.steps)
     dataset = read_dataset(config.data.root)
     training, validation = split(dataset, config.data.folds, config.data.fold)
     unlabelled = [case.name for case in dataset.cases if not case.labels]
-    if config.task == "segment" and unlabelled:
+    if (config.task == "segment" or config.data.pairs) and unlabelled:
         what = f"{len(unlabelled)} cases have no label map, the first is {unlabelled[0]}"
         raise UserError(config.data.root, what, "Label them, or move them out of 'training' in dataset.json.")
     return dataset, training, validation

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from medseg_diff.config import Config, flatten, plain
 from medseg_diff.config_file import load_config, parse_config
+from medseg_diff.diffusion.schedule import levels
 from medseg_diff.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -89,7 +90,6 @@ def test_a_wrong_setting_is_named(tmp_path: Path, setting: str, what: str):
         ("task=generate", "network.kind: conditional does not serve task generate"),
         ("data.pairs=true", "data.pairs: pairs are generated"),
         ("diffusion.variance=learned", "diffusion.variance: learned needs task generate"),
-        ("diffusion.zero_terminal=false", "diffusion.zero_terminal: conditional draws from pure noise"),
         (
             "segment.sampler=euler",
             "segment.sampler: Input should be 'auto', 'ddpm', 'ddim', 'dpm++', 'dpm++sde' or 'heun'",
@@ -101,21 +101,53 @@ def test_errors_name_the_key(tmp_path: Path, setting: str, what: str):
     assert refusal(tmp_path, SMALL, setting).startswith(what)
 
 
+GENERATING = "task: generate\nnetwork: {kind: unconditional}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [
+        ("network: {kind: medsegdiff_v2}\ndiffusion: {prediction: noise}\n", "diffusion.prediction: at pure noise"),
         (
-            "network: {kind: medsegdiff_v2}\ndiffusion: {prediction: noise}\n",
-            "diffusion.prediction: the noise says nothing",
+            "network: {kind: medsegdiff_v2}\ndiffusion: {prediction: noise, zero_terminal: false}\n",
+            "diffusion.prediction: at pure noise",
         ),
+        (GENERATING + "segment: {limit: clip}\n", "segment.limit: the range of"),
+        ("network: {kind: classic_unet, padding: valid}\ntask: generate\n", "network.padding: valid is for"),
         (
-            "network: {kind: unconditional}\ntask: generate\nsegment: {limit: clip}\n",
-            "segment.limit: the range of these",
+            GENERATING + "diffusion: {variance: learned}\nsegment: {sampler: heun}\n",
+            "diffusion.variance: learned is for segment.sampler ddpm",
+        ),
+        ("segment: {spacing: leading}\n", "segment.spacing: leading does not begin"),
+        ("segment: {sampler: heun}\n", "segment.sampler: heun builds on estimates"),
+        ("diffusion: {variance: large}\n", "diffusion.variance: conditional draws masks"),
+        ("diffusion: {schedule: linear, zero_terminal: false}\n", "diffusion.zero_terminal: conditional draws"),
+        (
+            "network: {kind: classic_unet}\ndiffusion: {weighting: min_snr, pure_noise: 0.5}\n",
+            "diffusion.weighting: min_snr teaches nothing",
         ),
     ],
 )
 def test_settings_that_do_not_fit_together(tmp_path: Path, text: str, what: str):
     assert refusal(tmp_path, SMALL + text).startswith(what)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "quadratic", "cosine", "sigmoid", "scaled_linear"])
+def test_noise_may_be_predicted_where_the_schedule_does_not_end_in_it(tmp_path: Path, schedule: str):
+    text = SMALL + "network: {kind: medsegdiff_v1}\n"
+    text += f"diffusion: {{prediction: noise, zero_terminal: false, schedule: {schedule}}}\n"
+    if levels(schedule, 4, zero_terminal=False)[0] == 0:
+        assert refusal(tmp_path, text).startswith("diffusion.prediction")
+    else:
+        assert load_config(write(tmp_path, text)).diffusion.prediction == "noise"
+
+
+def test_steps_and_pure_noise_follow_the_kind(tmp_path: Path):
+    other = "network: {kind: classic_unet}\n"
+    told = other + "segment: {steps: 3}\ndiffusion: {pure_noise: 0.1}\n"
+    for text, steps, pure_noise in (("", 1, 0.5), (other, 32, 0.0), (told, 3, 0.1)):
+        config = load_config(write(tmp_path, SMALL + text))
+        assert (config.segment.steps, config.diffusion.pure_noise) == (steps, pure_noise)
 
 
 def test_every_wrong_key_is_named_at_once(tmp_path: Path):

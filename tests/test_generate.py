@@ -1,4 +1,6 @@
+import copy
 import json
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -10,7 +12,8 @@ from PIL import Image
 
 from medseg_diff.checkpoint import Model, load_model
 from medseg_diff.datasets.layouts import read_dataset
-from medseg_diff.denoising import with_sampler
+from medseg_diff.denoising import resampled
+from medseg_diff.errors import UserError
 from medseg_diff.generate import TOGETHER, generate_files, generate_images
 
 
@@ -23,7 +26,7 @@ def model(models) -> dict[str, Model]:
 @pytest.mark.parametrize("kind", ["unconditional", "unconditional_slices"])
 @pytest.mark.parametrize("sampler", [None, "ddpm"])
 def test_an_image_depends_on_the_seed_and_its_number_only(model, kind, sampler):
-    chosen = with_sampler(model[kind], sampler)
+    chosen = resampled(model[kind], sampler=sampler)
     three = generate_images(chosen, 3, steps=2, seed=1)
     assert torch.equal(three, generate_images(chosen, 3, steps=2, seed=1))
     torch.testing.assert_close(three[:2], generate_images(chosen, 2, steps=2, seed=1), atol=1e-4, rtol=1e-4)
@@ -33,7 +36,7 @@ def test_an_image_depends_on_the_seed_and_its_number_only(model, kind, sampler):
 
 def test_a_sampler_is_followed(model):
     drawn = [
-        generate_images(with_sampler(model["unconditional_slices"], sampler), 2, steps=4, seed=0)
+        generate_images(resampled(model["unconditional_slices"], sampler=sampler), 2, steps=4, seed=0)
         for sampler in (None, "dpm++", "ddim", "heun", "ddpm", "dpm++sde")
     ]
     assert torch.equal(drawn[0], drawn[1]), "dpm++ is what auto means here"
@@ -85,6 +88,25 @@ def test_pairs_are_a_data_set_in_the_decathlon_layout(model, tmp_path):
         found |= set(np.unique(labels).tolist())
     assert found == {0, 7, 205}
     assert (imread(tmp_path / "grid.png")[..., :3].std(-1) > 0.05).any(), "masks tint the grid"
+
+
+def test_another_model_into_the_same_folder_leaves_nothing_of_the_first(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "image_0009.nii.gz").write_bytes(b"mine too: nothing here says that generate wrote it")
+    generate_files(model["pairs"], tmp_path, 5, steps=1, seed=0, show_process=True)
+    assert (tmp_path / "image_0009.nii.gz").exists()
+    generate_files(model["unconditional_slices"], tmp_path, 2, steps=1, seed=0)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"notes.txt", "grid.png", "generation.json", "image_0000.nii.gz", "image_0001.nii.gz"}
+
+
+def test_images_that_are_not_finite_are_an_error(model, tmp_path):
+    broken = model["unconditional_slices"]
+    network = copy.deepcopy(broken.network)
+    with torch.no_grad():
+        network.head.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        generate_files(replace(broken, network=network), tmp_path, 2, steps=1, seed=0)
 
 
 def test_ct_is_written_in_hounsfield_units(tmp_path):

@@ -13,7 +13,7 @@ from medseg_diff.diffusion.schedule import log_snr
 METHODS = ("ddpm", "ddim", "dpm++", "dpm++sde", "heun")
 
 Denoiser = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
-"""(x_t, alpha_bar_t) -> an estimate or a draw of x_0; alpha_bar_t is a scalar of x_t's type and device.
+"""(x_t, alpha_bar_t) -> an estimate or a draw of x_0; alpha_bar_t is a scalar of the path's type, on x_t's device.
 
 A pair is x_0 and the fraction of the learned variance (`step_variance`), which "ddpm" then takes.
 """
@@ -54,7 +54,7 @@ def sample(
         raise ValueError(f"noise levels must rise from noise to clean, not {levels.tolist()}")
 
     def estimate(x_t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor | None]:
-        answer = denoise(x_t, alpha_bar.to(x_t))
+        answer = denoise(x_t, alpha_bar.to(x_t.device))
         x_0, fraction = (part.to(x_t) for part in answer) if isinstance(answer, tuple) else (answer.to(x_t), None)
         return limit(x_0) if limit else x_0, fraction
 

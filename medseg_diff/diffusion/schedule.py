@@ -84,8 +84,8 @@ def levels(
     - log_snr: evenly in log-SNR from t = 1 to t = 1/N. Where t = 1 is pure noise, whose log-SNR is not finite, that is
       the first level and the even ones start at t = 1 - 1/N.
 
-    Where these have only one level to place, it is the noisier end. Raises ValueError for an unknown spacing, and for
-    more steps than train_steps with leading and linspace.
+    With one level to place, linspace takes the noisier end, and log_snr the middle behind pure noise. Raises
+    ValueError for an unknown spacing, and for more steps than train_steps with leading and linspace.
     """
     if spacing in ("leading", "linspace") and steps > train_steps:
         raise ValueError(f"{spacing} spacing has {train_steps} levels to choose from, not {steps}; take trailing")
@@ -117,8 +117,9 @@ def log_snr(alpha_bar: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 def _even_log_snr(ends: Float[Tensor, "3"], steps: int) -> Float[Tensor, "{steps}"]:
     """Levels even in log-SNR from the first end to the last; behind pure noise, from the second end."""
     pure, first = (1, ends[1]) if ends[0] == 0 else (0, ends[0])
-    even = torch.linspace(log_snr(first).item(), log_snr(ends[2]).item(), steps - pure, dtype=ends.dtype).sigmoid()
-    return torch.cat([ends[:pure], even])
+    inner, (low, high) = steps - pure, log_snr(torch.stack([first, ends[2]])).tolist()
+    low = (low + high) / 2 if inner == 1 and pure else low
+    return torch.cat([ends[:pure], torch.linspace(low, high, inner, dtype=ends.dtype).sigmoid()])
 
 
 def _unscaled(kind: str, t: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from torch import nn
 
+from medseg_diff.networks.blocks import start_at_zero
 from medseg_diff.networks.classic_unet import ClassicDenoiser, ClassicUNet
 from medseg_diff.networks.conditional import ConditionalNet, SegmentationUNet
 from medseg_diff.networks.medsegdiff_v1 import MedSegDiffV1
@@ -45,5 +46,7 @@ def build_generator(kind: str, dims: int, inputs: int, outputs: int, widths: tup
         case "unconditional":
             return UnconditionalNet(dims, inputs, outputs, widths)
         case "classic_unet":
-            return ClassicUNet(dims, inputs, outputs, widths, padding="same", embedding=4 * widths[0])
+            network = ClassicUNet(dims, inputs, outputs, widths, padding="same", embedding=4 * widths[0])
+            start_at_zero(network.head)
+            return network
     raise ValueError(f"no network of kind {kind} generates")

@@ -46,7 +46,10 @@ def read_generated(folder: Path, dataset: Dataset) -> Generated:
     Of very many, the first are read (MOST, MOST_VOXELS), which a line on stderr says.
     """
     about = _about(folder)
-    config = parse_config(about["config"], folder / ABOUT)
+    try:
+        config = parse_config(about["config"], folder / ABOUT)
+    except UserError as error:
+        raise UserError(error.where, error.what, _ADVICE) from error
     if config.data.spacing_mm is None:
         raise UserError(folder / ABOUT, "its configuration has no voxel size", _ADVICE)
     found = sorted(path for path in folder.glob("image_*.nii.gz") if not path.name.endswith("_seg.nii.gz"))

@@ -63,6 +63,11 @@ def write_volume(array: Shaped[np.ndarray, "channels x y z"], affine: Float[np.n
     write_nifti(array, scan, path, array.dtype, count=None if len(array) == 1 else len(array))
 
 
+def label_dtype(values: Iterable[int]) -> type[np.integer]:
+    """The type that masks of these labels are written in."""
+    return np.uint8 if min(values := list(values)) >= 0 and max(values) <= 255 else np.int16
+
+
 def write_seg_nrrd(label_map: Integer[np.ndarray, "x y z"], scan: Scan, names: dict[int, str], path: Path) -> None:
     """Writes a segmentation that 3D Slicer opens with its names and colours: one layer, label values kept.
 

@@ -1,7 +1,7 @@
 """All that is random in a step: crops, their times on the schedule, their noise."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ class Batch:
 
     def parts(self, count: int) -> Iterator["Batch"]:
         """Equal parts of the batch, one after the other."""
-        return (Batch(*part) for part in zip(*(x.chunk(count) for x in astuple(self)), strict=True))
+        tensors = self.image, self.labels, self.t, self.noise
+        return (Batch(*part) for part in zip(*(x.chunk(count) for x in tensors), strict=True))
 
 
 def draw_step(

@@ -14,7 +14,7 @@ from medseg_diff.diffusion.process import add_noise, input_scale_wiener, target,
 from medseg_diff.networks.conditional import STRIDE
 
 CONDITION_CE = 10.0
-"""beta of MedSegDiff-V2: the weight of cross-entropy beside Dice on the condition model."""
+"""beta of MedSegDiff-V2, the weight of cross-entropy beside Dice on the condition model: as large as we recall it."""
 
 Image = Float[Tensor, "batch channels *space"]
 Labels = Int[Tensor, "batch *space"]
@@ -98,7 +98,7 @@ def mask_loss(
     """Squared error of a denoiser of masks (DDPM, eq. 14; MedSegDiff).
 
     Where the network has a condition model with a mask of its own, `teach_condition` adds Dice and cross-entropy of
-    that mask (MedSegDiff-V2, the loss of every alpha-th step).
+    that mask. MedSegDiff-V2 does so where t = 0 mod alpha; the caller reads t as the step of training.
     """
     truth = one_hot(labels, classes)
     x_0 = to_analog(truth, scale)

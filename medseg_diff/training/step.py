@@ -32,8 +32,9 @@ def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: 
     device, passes = next(state.network.parameters()).device, config.train.accumulate
     batch = draw_step(config, volumes, classes, (config.seed, state.step), device, config.train.augment)
     loss = torch.zeros((), device=device)
+    teach_condition = state.step % config.train.condition_every == 0
     for part in batch.parts(passes):
-        share = loss_of(state.network, state.score, config, part, classes, state.step) / passes
+        share = loss_of(state.network, state.score, config, part, classes, teach_condition) / passes
         share.backward()
         loss += share.detach()
     norm = nn.utils.clip_grad_norm_(state.network.parameters(), config.train.clip)
@@ -51,9 +52,9 @@ def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: 
 
 
 def loss_of(
-    network: nn.Module, score: EnergyScore, config: Config, batch: Batch, classes: int, step: int
+    network: nn.Module, score: EnergyScore, config: Config, batch: Batch, classes: int, teach_condition: bool
 ) -> Float[Tensor, ""]:
-    """The loss of one forward pass, the mean over its crops; the network is called, wrapped or not."""
+    """The loss of one forward pass; the network is called, wrapped or not."""
     diffusion, device = config.diffusion, batch.image.device
     with autocast(device, _precision(config, device)):
         match config.network.kind:
@@ -83,7 +84,7 @@ def loss_of(
             scale=diffusion.scale,
             prediction=diffusion.prediction,
             weighting=diffusion.weighting,
-            teach_condition=step % config.train.condition_every == 0,
+            teach_condition=teach_condition,
         )
 
 
@@ -97,7 +98,7 @@ def held_out_loss(
         if config.network.kind in ("conditional", "unet"):
             with autocast(device, _precision(config, device)):
                 return cross_entropy(network.encode(batch.image).mean_logits, batch.labels)
-        return loss_of(network, EnergyScore(), config, batch, classes, step=1)
+        return loss_of(network, EnergyScore(), config, batch, classes, teach_condition=False)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, warmup: float, spent: float) -> None:

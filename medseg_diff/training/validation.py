@@ -29,7 +29,8 @@ def validate(
     config = model.about.config
     if config.task == "generate":
         images = generate_images(model, config.segment.samples, steps=config.segment.steps, seed=seed)
-        draw_grid(images[:, 0], path.with_name("grid.png"))
+        masks = images[:, len(model.about.channels) :].argmax(1) if config.data.pairs else None
+        draw_grid(images[:, 0], path.with_name("grid.png"), masks)
         return {}
     if config.network.kind in SAMPLING:
         draw_process(model, held_out[0], path.with_name("process.png"), seed)
