@@ -19,12 +19,13 @@ from medseg_diff.diffusion.schedule import levels
 from medseg_diff.errors import UserError
 from medseg_diff.generate import _noise, generate_images
 from medseg_diff.inference import Noise, predict
-from medseg_diff.networks.blocks import Condition
+from medseg_diff.networks.blocks import Condition, nearest
+from medseg_diff.networks.conditional import Features
 from medseg_diff.windows import Window
 
 SIDE, SLICES, CLASSES, SAMPLES, STEPS, SEED = 16, 2, len(LABELS), 3, 5, 4
 WINDOW = Window((0, 0), (SIDE, SIDE), (slice(0, SIDE), slice(0, SIDE)))
-Calls = list[tuple[Tensor, Tensor]]
+Calls = list[tuple[Tensor, ...]]
 
 
 def answer(x: Tensor, level: Tensor) -> Tensor:
@@ -63,14 +64,21 @@ def logits(x: Tensor, level: Tensor) -> Tensor:
     return x.flip(-1) + 4 * level.to(x).reshape(-1, 1, 1, 1) - 1
 
 
-def model(network: nn.Module, task: str, diffusion: dict[str, Any], segment: dict[str, Any], **data: Any) -> Model:
+def model(
+    network: nn.Module,
+    task: str,
+    diffusion: dict[str, Any],
+    segment: dict[str, Any],
+    kind: str | None = None,
+    **data: Any,
+) -> Model:
     content = {
         "task": task,
         "data": {
             "root": "x", "size": [SIDE, SIDE], "spatial_dims": 2, "axis": 0, "neighbours": 0,
             "spacing_mm": [1, 1, 1], "modality": "ct", **data,
         },
-        "network": {"kind": "medsegdiff_v1" if task == "segment" else "unconditional", "widths": [8, 8, 8, 8]},
+        "network": {"kind": kind or ("medsegdiff_v1" if task == "segment" else "unconditional"), "widths": [8] * 4},
         "diffusion": diffusion,
         "train": {"precision": "fp32"},
         "segment": segment,
@@ -175,7 +183,60 @@ def test_masks_are_sampled_as_configured(name):
     assert len(np.unique(keep)) == CLASSES
 
 
-def drawn(channels: int):
+class Drawing(Stub):
+    """A denoiser that draws masks in one call, on a grid four times finer than its noise."""
+
+    def encode(self, image: Tensor) -> Features:
+        return Features(torch.zeros(len(image), CLASSES, SIDE, SIDE), ())
+
+    def denoiser(self, features: Features, x: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        self.calls.append((x, level, noise))
+        return mask_logits(x, level[0], noise)
+
+
+def mask_logits(x: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+    said = answer((2 * x + noise).flatten(0, 1), level)
+    return nearest(said, 4).unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize(("sampler", "method"), [("auto", "ddpm"), ("ddim", "ddim")])
+def test_draws_are_sampled_as_configured(sampler, method):
+    """The noise of a call is that of x_t at pure noise, else fresh; what is reported is the last draw."""
+    scale, noise, calls, drawn = 0.3, Noise(SEED, CLASSES, (SIDE, SIDE), 4), [], []
+
+    def maps(call: int) -> Tensor:
+        of_samples = torch.stack([noise(index, call, WINDOW) for index in range(SAMPLES)])
+        return of_samples[:, None].expand(-1, SLICES, -1, -1, -1)
+
+    def denoise(x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+        a = float(alpha_bar)
+        x = a**0.5 * scale / (a * scale**2 + 1 - a) * x_t
+        calls.append((x, alpha_bar, maps(2 * len(calls)) if calls else x_t))
+        drawn.append(mask_logits(x, alpha_bar, calls[-1][2]).softmax(2))
+        return scale * (2 * nn.functional.avg_pool2d(drawn[-1].flatten(0, 1), 4) - 1).unflatten(0, x_t.shape[:2])
+
+    path = levels("linear", STEPS, spacing="log_snr", train_steps=40, shift=0.8)
+    sample(denoise, maps(0), path, method=method, eta=0.6, noise=lambda step: maps(2 * step + 1))
+    diffusion = {"schedule": "linear", "log_snr_shift": 0.8, "train_steps": 40, "scale": scale}
+    segment = {"spacing": "log_snr", "sampler": sampler, "eta": 0.6}
+    stub, keep = Drawing(), np.empty((SAMPLES, SLICES, SIDE, SIDE), np.uint8)
+    predict(
+        model(stub, "segment", diffusion, segment, "conditional"),
+        torch.zeros(1, SLICES, SIDE, SIDE),
+        samples=SAMPLES,
+        steps=STEPS,
+        seed=SEED,
+        keep=keep,
+    )
+    assert len(stub.calls) == len(calls) == STEPS
+    for (x, level, z), (expected_x, expected_level, expected_z) in zip(stub.calls, calls, strict=True):
+        torch.testing.assert_close(level, expected_level.float().expand(SLICES), atol=0, rtol=1e-6)
+        torch.testing.assert_close(x, expected_x, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(z, expected_z)
+    assert (keep == drawn[-1].argmax(2).numpy()).mean() > 0.999
+
+
+def noise_of_images(channels: int):
     """The noise of the images, from the first call on."""
     return lambda call: torch.stack([_noise((channels, SIDE, SIDE), SEED, i, call) for i in range(SAMPLES)])
 
@@ -183,7 +244,7 @@ def drawn(channels: int):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_images_are_sampled_as_configured(name):
     """Unlike masks they have unit variance: nothing is scaled, and ct lies in [-1, 1] whatever the scale of masks."""
-    prediction, noise, calls = PREDICTIONS.get(name, "velocity"), drawn(1), []
+    prediction, noise, calls = PREDICTIONS.get(name, "velocity"), noise_of_images(1), []
 
     def denoise(x_t: Tensor, alpha_bar: Tensor) -> Tensor:
         calls.append((x_t, alpha_bar))
@@ -201,7 +262,7 @@ def test_images_are_sampled_as_configured(name):
 def test_a_learned_variance_is_the_fraction_of_the_second_half(pairs, prediction):
     """Step by step as Nichol & Dhariwal 2021, eq. 15, has it."""
     path = levels("linear", STEPS, spacing="linspace", train_steps=30, shift=-0.7)
-    noise = drawn(1 + CLASSES if pairs else 1)
+    noise = noise_of_images(1 + CLASSES if pairs else 1)
     x, calls = noise(0), []
     for step in range(STEPS):
         t, s = path[step], path[step + 1]
