@@ -189,3 +189,40 @@ def test_importing_the_package_asks_mlflow_for_no_telemetry():
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT, check=True
     )
     assert done.stdout.strip() == "true"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "sampler"),
+    [
+        ("volumes", [], "ddpm"),
+        ("volumes", ["--sampler", "ddim"], "ddim"),
+        ("v1", ["--sampler", "heun", "--fuse", "staple", "--steps", "3"], "heun"),
+        ("classic", ["--fuse", "vote", "--steps", "2"], "dpm++"),
+        ("unet", [], None),
+    ],
+)
+def test_sampling_is_as_asked_for(kind, options, sampler, call, scan, models):
+    code, _, err = call("segment", scan, "--model", models[kind], "--out", "o", "--save", "seg,report", *options)
+    assert code == 0, err
+    assert json.loads(Path("o/scan_report.json").read_text())["sampler"] == sampler
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("unet", ["--sampler", "ddim"], "deterministic"),
+        ("volumes", ["--sampler", "heun"], "conditional draws; choose ddpm or ddim"),
+    ],
+)
+def test_samplers_that_do_not_suit_a_model_are_refused(kind, options, said, call, scan, models):
+    code, out, err = call("segment", scan, "--model", models[kind], "--out", "o", *options)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert not Path("o").exists()
+
+
+def test_generation_shows_its_process(call, models):
+    options = ["--count", 2, "--steps", 3, "--sampler", "ddpm", "--out", "g", "--show-process"]
+    assert call("generate", "--model", models["pairs"], *options)[0] == 0
+    assert {path.name for path in Path("g").iterdir()} >= {"process.png", "process.gif", "grid.png", "dataset.json"}
+    assert json.loads(Path("g/generation.json").read_text())["sampler"] == "ddpm"
