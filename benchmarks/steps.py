@@ -53,9 +53,8 @@ def main() -> None:
         for steps in STEPS:
             dice, agreement = masks(resampled(denoiser, sampler=method), cases, steps, options.samples)
             images = generate_images(resampled(generator, sampler=method), options.count, steps=steps, seed=0)
-            for name, value in zip(
-                found, (dice, agreement, distance(images[:, : len(generator.about.channels)])), strict=True
-            ):
+            scores = dice, agreement, distance(images[:, : len(generator.about.channels)])
+            for name, value in zip(found, scores, strict=True):
                 found[name][method].append(value)
             say(f"{method}, {steps} steps: " + ", ".join(f"{name} {found[name][method][-1]:.3f}" for name in found))
     write(found, floor, options)
@@ -114,8 +113,8 @@ def write(found: dict[str, dict[str, list[float]]], floor: float, options: argpa
     ]
     text = "# Steps against quality\n\n![Quality against steps](steps.png)\n\n" + "\n\n".join(tables)
     text += (
-        "\n\nMasks by the classic U-Net denoiser of [networks.md](networks.md), images by `configs/generate_pairs.yaml`. A"
-        " step calls the network once, with heun twice but for the first and the last step. Made by\n"
+        "\n\nMasks by the classic U-Net denoiser of [networks.md](networks.md), images by `configs/generate_pairs.yaml`."
+        " A step calls the network once, with heun twice but for the first and the last step. Made by\n"
         "`.venv/bin/python benchmarks/steps.py --masks RUN --images RUN --data FOLDER`.\n"
     )
     (ROOT / "docs/steps.md").write_text(text)
