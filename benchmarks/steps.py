@@ -113,7 +113,7 @@ def write(found: dict[str, dict[str, list[float]]], floor: float, options: argpa
     ]
     text = "# Steps against quality\n\n![Quality against steps](steps.png)\n\n" + "\n\n".join(tables)
     text += (
-        "\n\nMasks by the classic U-Net denoiser of [networks.md](networks.md), images by `configs/generate_pairs.yaml`."
+        "\n\nMasks by the classic U-Net of [networks.md](networks.md), images by `configs/generate_pairs.yaml`."
         " A step calls the network once, with heun twice but for the first and the last step. Made by\n"
         "`.venv/bin/python benchmarks/steps.py --masks RUN --images RUN --data FOLDER`.\n"
     )
