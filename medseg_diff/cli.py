@@ -14,6 +14,19 @@ import typer
 
 from medseg_diff import __version__
 from medseg_diff.errors import UserError, reason
+from medseg_diff.options import (
+    DeviceOption,
+    Fuse,
+    FuseOption,
+    JsonOption,
+    Modality,
+    ModelOption,
+    SamplerOption,
+    SamplesOption,
+    SeedOption,
+    Split,
+    StepsOption,
+)
 
 app = typer.Typer(
     name="medseg-diff",
@@ -23,48 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class Split(StrEnum):
-    """Which cases to evaluate."""
-
-    val = "val"
-    train = "train"
-    all = "all"
-
-
-class Modality(StrEnum):
-    """What a phantom looks like."""
-
-    ct = "ct"
-    mr = "mr"
-
-
-Sampler = StrEnum("Sampler", {"ddpm": "ddpm", "ddim": "ddim", "dpm": "dpm++", "dpm_sde": "dpm++sde", "heun": "heun"})
-"""How noise becomes a mask or an image."""
-
-
-class Fuse(StrEnum):
-    """How samples become one mask."""
-
-    mean = "mean"
-    vote = "vote"
-    staple = "staple"
-
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", help="A .safetensors file or a run folder; else $MEDSEG_DIFF_MODEL, else the newest run."),
-]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="The same seed gives the same bytes.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda; by default cuda where there is one.")]
-SamplerOption = Annotated[
-    Sampler | None, typer.Option("--sampler", help="How noise becomes a mask or an image; by default the model's.")
-]
-FuseOption = Annotated[
-    Fuse | None, typer.Option("--fuse", help="How MedSegDiff and the classic U-Net report their samples.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
@@ -147,8 +118,8 @@ def segment(
     scans: Annotated[list[Path], typer.Argument(metavar="SCAN...", help="Files, DICOM series or folders of scans.")],
     model: ModelOption = None,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("segmentations"),
-    samples: Annotated[int | None, typer.Option(min=2, max=1024, help="Masks to draw.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Steps of the sampler for a mask.")] = None,
+    samples: SamplesOption = None,
+    steps: StepsOption = None,
     sampler: SamplerOption = None,
     fuse: FuseOption = None,
     seed: SeedOption = 0,
@@ -190,8 +161,8 @@ def evaluate(
     generated: Annotated[Path | None, typer.Option(help="Folder of generated images, instead of a model.")] = None,
     reference: Annotated[Path | None, typer.Option(help="The data set to hold them against.")] = None,
     out: Annotated[Path, typer.Option(help="Where summary.json and cases.csv go.")] = Path("evaluation"),
-    samples: Annotated[int | None, typer.Option(min=2, max=1024, help="Masks to draw a case.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Steps of the sampler for a mask.")] = None,
+    samples: SamplesOption = None,
+    steps: StepsOption = None,
     sampler: SamplerOption = None,
     fuse: FuseOption = None,
     seed: SeedOption = 0,
@@ -229,7 +200,7 @@ def evaluate(
 def generate(
     model: ModelOption = None,
     count: Annotated[int, typer.Option(min=1, max=100_000, help="Number of images.")] = 16,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Steps of the sampler for an image.")] = None,
+    steps: StepsOption = None,
     sampler: SamplerOption = None,
     seed: SeedOption = 0,
     out: Annotated[Path, typer.Option(help="Where the images go.")] = Path("generated"),
@@ -293,7 +264,9 @@ def check(path: Annotated[Path, typer.Argument(metavar="PATH", help="A data set 
     if errors:
         raise typer.Exit(2)
     if contents:
-        print(_outline(contents))
+        from medseg_diff.console import outline
+
+        print(outline(contents))
 
 
 @app.command()
@@ -305,9 +278,10 @@ def info(
 ) -> None:
     """Say what a model file is: labels, preprocessing, scores, data, version."""
     from medseg_diff.checkpoint import explain, find_model
+    from medseg_diff.console import outline
 
     about = explain(find_model(model, "segment")[0])
-    print(json.dumps(about, indent=2) if as_json else _outline(about))
+    print(json.dumps(about, indent=2) if as_json else outline(about))
 
 
 @app.command()
@@ -354,18 +328,3 @@ def _load(given: str | None, device: str | None, task: str, sampler: StrEnum | N
         )
     say(f"model: {path} ({where})")
     return resampled(model, sampler=sampler and sampler.value, fuse=fuse and fuse.value)
-
-
-def _outline(values: dict[str, Any], indent: int = 0) -> str:
-    lines = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            lines += [f"{'  ' * indent}{key}:", _outline(value, indent + 1)]
-        else:
-            shown = ", ".join(map(_short, value)) if isinstance(value, list) else _short(value)
-            lines.append(f"{'  ' * indent}{key}: {shown}")
-    return "\n".join(lines)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -46,3 +47,19 @@ def whole(advance: Callable[..., None]) -> Iterator[Callable[[float], None]]:
 
     yield part
     advance(left)
+
+
+def outline(values: dict[str, Any], indent: int = 0) -> str:
+    """Nested values as indented lines."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += [f"{'  ' * indent}{key}:", outline(value, indent + 1)]
+        else:
+            shown = ", ".join(map(_short, value)) if isinstance(value, list) else _short(value)
+            lines.append(f"{'  ' * indent}{key}: {shown}")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
