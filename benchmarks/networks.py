@@ -58,12 +58,12 @@ def main() -> None:
     options = parser.parse_args()
     work, data = options.work.resolve(), options.data.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    chosen = [row for row in ROWS if row.name in options.rows]
+    chosen, revision = [row for row in ROWS if row.name in options.rows], commit()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda row: train(row, work, data, options.minutes), chosen))
     scans = sorted((data / "imagesTr").glob("*.nii.gz"))[:15:5]
     lines = [describe(row, work, scans) for row in ROWS if (work / "runs" / row.name / "summary.json").exists()]
-    text = page(lines, options.minutes)
+    text = page(lines, options.minutes, revision)
     (ROOT / "docs/networks.md").write_text(text)
     print(text)
 
@@ -91,8 +91,12 @@ def describe(row: Row, work: Path, scans: list[Path]) -> str:
     return f"| {row.title} | {millions:.2f} M | {scores['steps']} | {dice:.3f} | {hd95:.2f} | {seconds:.2f} |"
 
 
-def page(lines: list[str], minutes: float) -> str:
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def page(lines: list[str], minutes: float, revision: str) -> str:
     return f"""# Networks at equal time
 
 Task04_Hippocampus, 160 cases to train on, 40 to validate, sagittal slices with their neighbours, {minutes:g} minutes of
@@ -103,7 +107,7 @@ thread, all of `segment` but for loading the model. One seed: differences under 
 |---|---|---|---|---|---|
 {chr(10).join(lines)}
 
-Made by `.venv/bin/python benchmarks/networks.py --data FOLDER` at {revision.stdout.strip()}, torch {torch.__version__},
+Made by `.venv/bin/python benchmarks/networks.py --data FOLDER` at {revision}, torch {torch.__version__},
 {processor()}.
 """
 
