@@ -291,11 +291,17 @@ def phantom(
     modality: Annotated[Modality, typer.Option(help="What the scans look like.")] = Modality.ct,
     raters: Annotated[int, typer.Option(min=1, max=16, help="Label maps a case.")] = 1,
     seed: SeedOption = 0,
+    ambiguous: Annotated[
+        bool, typer.Option("--ambiguous", help="Raters disagree by a known law, kept under truth/.")
+    ] = False,
 ) -> None:
     """Make a synthetic labelled data set in the Decathlon layout."""
-    from medseg_diff.datasets.phantom import make_phantom
+    if ambiguous:
+        from medseg_diff.datasets.ambiguous_phantom import make_ambiguous_phantom as make
+    else:
+        from medseg_diff.datasets.phantom import make_phantom as make
 
-    make_phantom(folder, cases, modality.value, raters, seed)
+    make(folder, cases, modality.value, raters, seed)
     print(f"{cases} cases in {folder}")
 
 

@@ -1,5 +1,7 @@
 """What many sampled masks say together. Everything is counted as it is drawn; no stack of volumes is kept."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +19,17 @@ STAPLE_ITERATIONS = 100
 
 @dataclass(frozen=True)
 class LabelReport:
-    """What is said of a label; interval and agreement are null where the model draws no samples."""
+    """What is said of a label; interval and agreement are null where the model draws no samples.
+
+    `expected_dice` is the Dice to expect of its mask by the probabilities alone, null where none is above 0.
+    """
 
     value: int
     name: str
     volume_ml: float
     volume_ml_interval90: tuple[float, float] | None
     agreement: float | None
+    expected_dice: float | None
 
 
 @dataclass
@@ -54,15 +60,20 @@ def label_reports(
     voxel_ml: float,
     tally: Tally | None,
     grid_voxel_ml: float,
+    expected_dice: Sequence[float],
 ) -> tuple[LabelReport, ...]:
-    """Each label but the background: its volume in the map, and what the samples, on a grid of their own, say of it."""
+    """Each label but the background: its volume in the map, and what the samples, on a grid of their own, say of it.
+
+    `expected_dice` is that of every class, nan where it is undefined.
+    """
     found = []
     agreements = [None] * len(names) if tally is None else agreement(tally).tolist()
     for index, (value, name) in enumerate(names.items()):
         if value:
             volume = float(np.count_nonzero(label_map == value)) * voxel_ml
             interval = None if tally is None else interval90(tally.counts[:, index].numpy() * grid_voxel_ml, volume)
-            found.append(LabelReport(value, name, volume, interval, agreements[index]))
+            expected = None if math.isnan(expected_dice[index]) else expected_dice[index]
+            found.append(LabelReport(value, name, volume, interval, agreements[index], expected))
     return tuple(found)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,18 @@ import yaml
 from medseg_diff.checkpoint import Model
 from medseg_diff.config import SAMPLING, Tracking, flatten, plain
 from medseg_diff.console import progress, say
-from medseg_diff.datasets.layouts import Case, Dataset, digest, read_dataset, split, survey
-from medseg_diff.ensemble import agreement
+from medseg_diff.datasets.folders import label_names, matched
+from medseg_diff.datasets.layouts import Case, Dataset, digest, read_dataset, split
+from medseg_diff.datasets.pipeline import onto_grid
 from medseg_diff.errors import UserError
 from medseg_diff.files import replacing
 from medseg_diff.metrics import LabelScore, label_keys, score_masks, summarize, write_cases_csv
 from medseg_diff.scans.geometry import spacing_of
 from medseg_diff.scans.preview import draw_preview
-from medseg_diff.scans.read import find_scans, read_label_map, read_scan, scan_name
-from medseg_diff.segment import segment_scan
+from medseg_diff.scans.read import Scan, read_label_map, read_scan
+from medseg_diff.segment import Segmentation, probability_frames, segment_scan
 from medseg_diff.tracking import start_run
+from medseg_diff.uncertainty.report import Collection, draw_reliability
 
 
 def evaluate_model(
@@ -32,45 +35,81 @@ def evaluate_model(
     steps: int | None = None,
     seed: int = 0,
     preview: Path | None = None,
+    reliability: Path | None = None,
 ) -> dict[str, Any]:
     """Segments every case by the code of `segment`, case i with seed + i, and scores the masks; each rater counts.
 
-    `mean` gains coverage90/LABEL, the share of reference volumes inside the reported interval, and agreement/LABEL,
-    where the model draws samples. `preview` receives a picture of the first case.
+    `mean` gains the measures of `medseg_diff.uncertainty`: calibration over all voxels, and, a label each and mean over
+    cases, expected_dice/LABEL and what the samples are worth, where the model draws any: coverage90/LABEL, the share of
+    reference volumes inside the reported interval, agreement/LABEL, ged2/LABEL and so on. The sampled masks are
+    compared on the network's grid. expected_dice_correlation and agreement_correlation are Spearman's with the true
+    Dice over cases, mean over labels. `preview` receives a picture of the first case, `reliability` the diagram.
     """
     settings, names = model.about.config.segment, model.about.labels
     drawing = model.about.config.network.kind in SAMPLING
     scores: dict[str, dict[int, LabelScore]] = {}
-    inside: dict[int, list[bool]] = {value: [] for value in names if value}
-    agreements: list[np.ndarray] = []
+    collection = Collection()
     with progress("evaluating", len(cases)) as advance:
         for index, case in enumerate(cases):
             scan = read_scan(case.image, len(model.about.channels))
-            count = (samples or settings.samples) if drawing else 0
-            found = segment_scan(model, scan, samples=count, steps=steps or settings.steps, seed=seed + index)
-            for rater, path in enumerate(case.labels):
-                reference, affine = read_label_map(path)
-                _check_grid(path, reference, affine, case.image, scan.shape, scan.affine)
-                name = case.name if len(case.labels) == 1 else f"{case.name} rater {rater}"
-                scores[name] = score_masks(found.label_map, reference, names, scan.spacing_mm)
-                for label in found.labels:
-                    if label.volume_ml_interval90 is not None:
-                        low, high = label.volume_ml_interval90
-                        inside[label.value].append(low <= scores[name][label.value].reference_ml <= high)
-            if found.prediction.tally is not None:
-                agreements.append(agreement(found.prediction.tally))
+            options = {"samples": (samples or settings.samples) if drawing else 0, "steps": steps or settings.steps}
+            with tempfile.TemporaryDirectory() as folder:
+                found = segment_scan(model, scan, **options, seed=seed + index, keep=Path(folder) if drawing else None)
+                rated, references = [], []
+                for rater, path in enumerate(case.labels):
+                    reference, affine = read_label_map(path)
+                    _check_grid(path, reference, affine, case.image, scan.shape, scan.affine)
+                    name = case.name if len(case.labels) == 1 else f"{case.name} rater {rater}"
+                    scores[name] = score_masks(found.label_map, reference, names, scan.spacing_mm)
+                    rated.append(scores[name])
+                    references.append(_indices(reference, names))
+                    frames = probability_frames(found.prediction, found.affine, scan)
+                    collection.calibration.add(frames, references[-1])
+                _collect(collection, found, scan, rated, references, names)
             if preview is not None and index == 0:
                 shown = {value: name for value, name in names.items() if value}
                 draw_preview(scan.array[0], found.label_map, found.uncertainty, scan.affine, shown, preview, case.name)
             advance()
     summary = summarize(scores, names)
-    if agreements:
-        keys, means = label_keys(names), np.mean(agreements, axis=0)
-        for index, value in enumerate(names):
-            if value:
-                summary["mean"][f"coverage90/{keys[value]}"] = float(np.mean(inside[value]))
-                summary["mean"][f"agreement/{keys[value]}"] = float(means[index])
+    summary["mean"] |= collection.means()
+    if reliability is not None:
+        draw_reliability(collection.calibration, reliability)
     return summary
+
+
+def _indices(label_map: np.ndarray, names: dict[int, str]) -> np.ndarray:
+    """Positions among the names, in place of label values; what has no name is background."""
+    found = np.zeros(label_map.shape, np.uint8)
+    for index, value in enumerate(names):
+        found[label_map == value] = index
+    return found
+
+
+def _collect(
+    collection: Collection,
+    found: Segmentation,
+    scan: Scan,
+    rated: Sequence[dict[int, LabelScore]],
+    references: Sequence[np.ndarray],
+    names: dict[int, str],
+) -> None:
+    """What a case says of its own uncertainty, against the masks of its raters; samples on the network's grid."""
+    drawn, keys = found.prediction, label_keys(names)
+    for label in found.labels:
+        dice = float(np.mean([scores[label.value].dice for scores in rated]))
+        estimates = {"expected_dice": label.expected_dice, "agreement": label.agreement}
+        collection.add_estimates(keys[label.value], dice, **estimates)
+    if drawn.tally is None or drawn.samples is None:
+        return
+    moved = np.stack([onto_grid(map_, scan.affine, found.affine, drawn.samples.shape[1:]) for map_ in references])
+    volumes_ml = drawn.tally.counts.numpy() * float(np.prod(spacing_of(found.affine.numpy()))) / 1000
+    for label in found.labels:
+        key, index = keys[label.value], list(names).index(label.value)
+        collection.add_samples(key, drawn.samples, moved, index)
+        if label.volume_ml_interval90 is not None:
+            for scores in rated:
+                reference_ml = scores[label.value].reference_ml
+                collection.add_volumes(key, volumes_ml[:, index], label.volume_ml_interval90, reference_ml)
 
 
 def choose_cases(dataset: Dataset, model: Model, which: str) -> tuple[Case, ...]:
@@ -99,9 +138,9 @@ def evaluate_folders(predictions: Path, references: Path) -> dict[str, Any]:
 
     A reference without a prediction is an error; a prediction without a reference is left out.
     """
-    pairs = _pairs(predictions, references)
+    pairs = matched(predictions, references)
     values = {int(v) for pair in pairs.values() for path in pair for v in np.unique(read_label_map(path)[0])}
-    names = _names(references, values)
+    names = label_names(references, values)
     scores = {}
     for name, (path, reference_path) in pairs.items():
         (found, affine), (reference, reference_affine) = read_label_map(path), read_label_map(reference_path)
@@ -134,8 +173,11 @@ def run_evaluation(
         cases, found = choose_cases(dataset, model, which), digest(dataset)
         if which != "all" and found != model.about.dataset.get("dataset_digest"):
             say(f"warning: {root} is not what the model was trained on as it is now: it may have seen cases of {which}")
-        pictures = [out / "preview.png"]
-        summary = evaluate_model(model, cases, samples=samples, steps=steps, seed=seed, preview=pictures[0])
+        pictures = [out / "preview.png", out / "reliability.png"]
+        preview, reliability = pictures
+        summary = evaluate_model(
+            model, cases, samples=samples, steps=steps, seed=seed, preview=preview, reliability=reliability
+        )
         options = {"data": root.name, "split": which, "samples": samples, "steps": steps, "seed": seed}
         parameters = flatten({"evaluate": options, **plain(model.about.config)})
         tags = {"model_digest": model.digest, "dataset": dataset.name, "dataset_digest": found}
@@ -185,35 +227,3 @@ def _check_grid(
     else:
         return
     raise UserError(path, what, "Resample the label map onto the other's grid.")
-
-
-def _pairs(predictions: Path, references: Path) -> dict[str, tuple[Path, Path]]:
-    found, wanted = ({_stem(path): path for path in _maps(folder)} for folder in (predictions, references))
-    if not wanted:
-        raise UserError(references, "it holds no label maps", "Name a folder of NIfTI, NRRD or MHA files.")
-    missing = sorted(wanted.keys() - found.keys())
-    if missing:
-        listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise UserError(predictions, f"it has no mask for {listed}", "Give every reference a mask of the same name.")
-    return {name: (found[name], wanted[name]) for name in sorted(wanted)}
-
-
-def _maps(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(folder, "there is no such folder", "Name the folder that holds the label maps.")
-    other = ("_uncertainty", "_prob", "_samples", "_preview")
-    return [path for path in find_scans([folder]) if path.is_file() and not scan_name(path).endswith(other)]
-
-
-def _stem(path: Path) -> str:
-    return scan_name(path).removesuffix("_seg")
-
-
-def _names(references: Path, found: set[int]) -> dict[int, str]:
-    """Names from a data set's description beside the references, else the values themselves."""
-    values = sorted(found - {0})
-    for folder in (references, references.parent):
-        if (folder / "dataset.json").is_file():
-            known = survey(folder)[0].labels
-            return {0: "background"} | {value: known.get(value, str(value)) for value in values}
-    return {0: "background"} | {value: str(value) for value in values or [1]}

@@ -147,7 +147,7 @@ def _remove_earlier(out: Path) -> None:
 def _pictures(model: Model, x_t: Tensor, x_0: Tensor) -> dict[str, np.ndarray]:
     """A noisy state and what is estimated from it, of the first images, upright; of volumes the middle slice."""
     channels, found = len(model.about.channels), {}
-    for name, x in (("$x_t$", x_t[:SHOWN].cpu()), ("estimate of $x_0$", x_0[:SHOWN].cpu())):
+    for name, x in (("$x_t$", x_t[:SHOWN].cpu()), (r"$\hat x_0$", x_0[:SHOWN].cpu())):
         flat = (x if x.ndim == 4 else x[..., x.shape[-1] // 2]).rot90(dims=(-2, -1))
         found[name] = flat[:, 0].numpy()
         if flat.shape[1] > channels:

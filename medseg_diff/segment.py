@@ -27,6 +27,7 @@ from medseg_diff.scans.preview import draw_preview
 from medseg_diff.scans.read import Scan, read_scan
 from medseg_diff.scans.rtstruct import write_rtstruct
 from medseg_diff.scans.write import label_dtype, write_dicom_seg, write_nifti, write_seg_nrrd
+from medseg_diff.uncertainty.calibration import expected_dice
 
 FILES = {
     "seg": "_seg.nii.gz", "prob": "_prob.nii.gz", "uncertainty": "_uncertainty.nii.gz", "samples": "_samples.nii.gz",
@@ -73,12 +74,14 @@ def segment_scan(
     else:
         prediction = predict(model, image, samples=samples, steps=steps, seed=seed, keep=kept, progress=progress)
     best, label_map = np.full(scan.shape, -1, np.float32), np.zeros(scan.shape, label_dtype(values))
+    expected = []
     for value, frame in zip(values, probability_frames(prediction, affine, scan), strict=True):
+        expected.append(expected_dice(frame))
         better = frame > best
         label_map[better] = value
         np.maximum(best, frame, out=best)
     grid_voxel_ml = float(torch.linalg.det(affine[:3, :3].double()).abs()) / 1000
-    labels = label_reports(model.about.labels, label_map, scan.voxel_ml, prediction.tally, grid_voxel_ml)
+    labels = label_reports(model.about.labels, label_map, scan.voxel_ml, prediction.tally, grid_voxel_ml, expected)
     return Segmentation(label_map, np.clip(1 - best, 0, 1), labels, prediction, affine)
 
 

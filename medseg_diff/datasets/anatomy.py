@@ -36,6 +36,7 @@ class Structure:
     parts: tuple[Ellipsoid | Tube, ...]
     label: int = 0
     blend_mm: float = 0.0  # how far parts melt into each other
+    softness: float = 1.0  # width of its edge in the image, times that of the others
 
 
 def bounds(part: Ellipsoid | Tube) -> tuple[Point, Point]:

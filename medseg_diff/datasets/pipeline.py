@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Integer, Shaped
 from monai.data import MetaTensor
 from monai.data.utils import zoom_affine
 from monai.transforms import (
@@ -120,6 +120,17 @@ def restore(volume: Float[Tensor, "x y z"], affine: Float[Tensor, "4 4"], scan: 
         part: Any = resample(source, dst_affine=torch.from_numpy(slab), spatial_size=size)
         restored[..., start : start + size[2]] = part.as_tensor()[0].numpy()
     return restored
+
+
+def onto_grid(
+    labels: Integer[np.ndarray, "i j k"],
+    affine: Float[np.ndarray, "4 4"],
+    target: Float[Tensor, "4 4"],
+    shape: Sequence[int],
+) -> Integer[np.ndarray, "x y z"]:
+    """A label map, of indices, on another grid: the nearest voxel's, as in training."""
+    resample: Any = SpatialResample("nearest", padding_mode="border", dtype=np.float32)
+    return resample(_volume(labels[None], affine), target, shape).numpy()[0].astype(labels.dtype)
 
 
 def _intensities(how: Preprocessing) -> list[Any]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer
-from scipy.ndimage import distance_transform_edt, find_objects
 from scipy.stats import spearmanr
 
 SMALLEST = 1e-6
@@ -26,6 +25,9 @@ BAND_VOXELS = 3
 """Half the width of the band around the reference's borders."""
 
 CONFIDENT = 0.99
+
+VOXELS_AT_ONCE = 4_000_000
+"""Voxels that enter the histograms at a time: bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,8 @@ class Calibration:
         self.log_loss -= float(np.log(np.maximum(truth, SMALLEST)).sum(dtype=np.float64))
         self.confident_errors += int(np.count_nonzero(~right & (best >= CONFIDENT)))
         band = border_band(reference)
-        for counts, u, ok in (
-            (self.everywhere, 1 - best.ravel(), right.ravel()),
-            (self.band, 1 - best[band], right[band]),
-        ):
-            u = np.clip(u, 0, 1)
-            bins = np.minimum((np.log(np.maximum(u, 1e-7)) / math.log(1e7) + 1) * FINE, FINE - 1).astype(np.int32)
-            for row, weights in zip(counts, (None, ~ok, u), strict=True):
-                row += np.bincount(bins, weights, FINE)
+        _count(self.everywhere, best.ravel(), right.ravel())
+        _count(self.band, best[band], right[band])
 
     def measures(self) -> CalibrationMeasures:
         """Of all cases together; nan without any."""
@@ -145,11 +141,15 @@ def border_band(labels: Integer[np.ndarray, "*space"]) -> Bool[np.ndarray, "*spa
         differs = np.diff(np.moveaxis(labels, axis, 0), axis=0) != 0
         along[1:] |= differs
         along[:-1] |= differs
-    found = find_objects(border.astype(np.int8))
-    if found:
-        box = tuple(slice(max(0, s.start - BAND_VOXELS), s.stop + BAND_VOXELS) for s in found[0])
-        border[box] = distance_transform_edt(~border[box]) < BAND_VOXELS
-    return border
+    # Squared distances axis by axis, no further than they matter: that of a whole CT would take gigabytes.
+    squared = np.where(border, 0, BAND_VOXELS**2).astype(np.uint8)
+    for axis in range(labels.ndim):
+        along = np.moveaxis(squared, axis, 0)
+        before = along.copy()
+        for step in range(1, BAND_VOXELS):
+            np.minimum(along[step:], before[:-step] + step**2, out=along[step:])
+            np.minimum(along[:-step], before[step:] + step**2, out=along[:-step])
+    return squared < BAND_VOXELS**2
 
 
 def expected_dice(probability: Float[np.ndarray, "*space"]) -> float:
@@ -173,6 +173,17 @@ def rank_correlation(estimates: Sequence[float], truths: Sequence[float]) -> flo
     if both.shape[1] < 3 or (both == both[:, :1]).all(1).any():
         return math.nan
     return float(spearmanr(*both).statistic)
+
+
+def _count(
+    histogram: Float[np.ndarray, "3 fine"], confidence: Float[np.ndarray, "voxels"], right: Bool[np.ndarray, "voxels"]
+) -> None:
+    for start in range(0, len(right), VOXELS_AT_ONCE):
+        part = slice(start, start + VOXELS_AT_ONCE)
+        u = np.clip(1 - confidence[part], 0, 1)
+        bins = np.minimum((np.log(np.maximum(u, 1e-7)) / math.log(1e7) + 1) * FINE, FINE - 1).astype(np.int32)
+        for row, weights in zip(histogram, (None, ~right[part], u), strict=True):
+            row += np.bincount(bins, weights, FINE)
 
 
 def _ratio(part: float | int, whole: float | int) -> float:
