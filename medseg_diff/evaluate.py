@@ -52,9 +52,12 @@ def evaluate_model(
     with progress("evaluating", len(cases)) as advance:
         for index, case in enumerate(cases):
             scan = read_scan(case.image, len(model.about.channels))
-            options = {"samples": (samples or settings.samples) if drawing else 0, "steps": steps or settings.steps}
+            count = (samples or settings.samples) if drawing else 0
             with tempfile.TemporaryDirectory() as folder:
-                found = segment_scan(model, scan, **options, seed=seed + index, keep=Path(folder) if drawing else None)
+                keep = Path(folder) if drawing else None
+                found = segment_scan(
+                    model, scan, samples=count, steps=steps or settings.steps, seed=seed + index, keep=keep
+                )
                 rated, references = [], []
                 for rater, path in enumerate(case.labels):
                     reference, affine = read_label_map(path)

@@ -149,6 +149,71 @@ def test_every_rater_counts(model, cases):
     assert all(value is not None for value in logged(summary).values())
 
 
+def test_uncertainty_is_judged_as_by_hand(model, cases, tmp_path):
+    """Of the second case alone, from the files that `segment` writes."""
+    items = ["seg", "prob", "samples", "report"]
+    [report], _ = segment_files([cases[1].image], model, tmp_path / "own", samples=4, seed=1, items=items)
+    reference = np.roll(nib.load(cases[1].labels[0]).get_fdata(), 1, axis=0).astype(np.uint8)
+    case = replace(cases[1], labels=(save(tmp_path / "moved.nii.gz", reference, np.eye(4)),))
+    mean = evaluate_model(model, [case], samples=4, seed=1, reliability=tmp_path / "reliability.png")["mean"]
+
+    prob, drawn = (nib.load(tmp_path / f"own/b_{item}.nii.gz").get_fdata() for item in ("prob", "samples"))
+    truth = reference[..., None] == [0, 7, 205]
+    right = prob.argmax(-1) == truth.argmax(-1)
+    assert mean["nll"] == pytest.approx(-np.log(np.maximum(prob[truth], 1e-6)).mean(), rel=1e-4)
+    assert mean["brier"] == pytest.approx(((prob - truth) ** 2).sum(-1).mean(), rel=1e-4)
+    # This network is too sure in every bin, so that the gaps of the bins add up to the gap of the whole.
+    assert mean["ece"] == pytest.approx(prob.max(-1).mean() - right.mean(), rel=1e-3)
+    volumes, volume = (drawn == 205).sum((0, 1, 2)), (reference == 205).sum()
+    spread = np.abs(volumes[:, None] - volumes).sum() / 12
+    assert mean["crps/shell"] == pytest.approx((np.abs(volumes - volume).mean() - spread / 2) / volume)
+    low, high = report["labels"][1]["volume_ml_interval90"]
+    assert mean["interval_width/shell"] == pytest.approx((high - low) * 1000 / volume)
+    ours, theirs = drawn == 205, (reference == 205)[..., None]
+    iou = (ours & theirs).sum((0, 1, 2)) / (ours | theirs).sum((0, 1, 2))
+    assert mean["hm_iou/shell"] == pytest.approx(iou.mean())
+    assert mean["ged2/shell"] is mean["expected_dice_correlation"] is None
+    assert mean["presence/shell"] == mean["reference_presence/shell"] == 1
+    assert mean["expected_dice/shell"] == pytest.approx(report["labels"][1]["expected_dice"])
+    assert (tmp_path / "reliability.png").stat().st_size > 1000
+
+
+def test_raters_are_a_distribution_and_cases_are_ranked(model, cases):
+    """One rater of the first case saw nothing, so that the two are 1 apart."""
+    first = evaluate_model(model, cases[:1], samples=4, seed=0)["mean"]
+    assert first["ged2/core"] == pytest.approx(first["energy/core"] - 1)
+    third = replace(cases[1], name="c", labels=cases[0].labels[1:])
+    mean = evaluate_model(model, [*cases, third], samples=4, seed=0)["mean"]
+    assert mean["ged2/core"] == pytest.approx(first["ged2/core"])
+    assert mean["presence_brier/core"] == pytest.approx((0.25 + 0 + 1) / 3)
+    assert all(-1 <= mean[f"{estimate}_correlation"] <= 1 for estimate in ("expected_dice", "agreement"))
+
+
+def test_the_grid_of_the_scan_does_not_matter(model, cases, tmp_path):
+    """The same voxels stored the other way round: samples and references meet on the network's grid."""
+    flip = np.diag([-1.0, 1, 1, 1])
+    flip[0, 3] = 15
+    moved = [nib.load(path).get_fdata()[::-1] for path in (cases[1].image, cases[1].labels[0])]
+    image = save(tmp_path / "flipped/b.nii.gz", moved[0].astype(np.float32), flip)
+    label = save(tmp_path / "flipped/b_seg.nii.gz", moved[1].astype(np.uint8), flip)
+    found, expected = (
+        evaluate_model(model, [case], samples=4, seed=1)["mean"]
+        for case in (Case("b", image, (label,)), cases[1])
+    )  # fmt: skip
+    assert expected["hm_iou/shell"] > 0.1
+    assert {name: value for name, value in found.items() if value is not None} == pytest.approx(
+        {name: value for name, value in expected.items() if value is not None}, rel=1e-4
+    )
+
+
+def test_a_deterministic_model_is_judged_by_its_probabilities(models, cases, tmp_path):
+    mean = evaluate_model(load_model(models["unet"], torch.device("cpu")), cases)["mean"]
+    assert 0 < mean["brier"] < 2
+    assert 0 < mean["expected_dice/core"] < 1
+    assert not any(name.startswith(("ged2", "crps", "coverage90")) for name in mean)
+    assert mean["agreement/core"] is None
+
+
 def test_a_reference_on_another_grid_is_refused(model, cases, tmp_path):
     other = save(tmp_path / "other.nii.gz", np.zeros((16, 16, 16), np.uint8), np.diag([2, 1, 1, 1.0]))
     with pytest.raises(UserError, match="affine"):

@@ -10,7 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from medseg_diff.config import Data
 from medseg_diff.datasets import pipeline
-from medseg_diff.datasets.pipeline import Preprocessing, load, prepare, preparing, preprocessing, restore
+from medseg_diff.datasets.pipeline import Preprocessing, load, onto_grid, prepare, preparing, preprocessing, restore
 from medseg_diff.scans.geometry import header_for
 from medseg_diff.scans.read import Scan
 
@@ -205,6 +205,19 @@ def test_labels_keep_their_values_and_stay_on_the_structure(tmp_path: Path):
     overlap = 2 * ((found > 0) & truth).sum() / ((found > 0).sum() + truth.sum())
     assert overlap > 0.85
     torch.testing.assert_close(prepared["image"].as_tensor(), prepare(original, mr((1.0, 1.0, 1.0))).as_tensor())
+
+
+def test_a_reference_on_the_network_s_grid_is_that_of_training(tmp_path: Path):
+    """Also where the scan is oblique and its axes are in another order."""
+    source = stored(volume(), ras_affine(oblique=True), (2, 0, 1), (1, -1, -1))
+    labels = (source.array[0] > 0).astype(np.uint8)
+    for name, array in (("image", source.array[0]), ("label", labels)):
+        nib.save(nib.Nifti1Image(array, source.affine), tmp_path / f"{name}.nii")
+    prepared = preparing(mr((1.03, 1.49, 2.07)), 1)(load(tmp_path / "image.nii", [tmp_path / "label.nii"], 1))
+    expected = prepared["label_0"].numpy()[0]
+    assert 0.3 < expected.mean() < 0.7
+    found = onto_grid(labels, source.affine, prepared["image"].affine, expected.shape)
+    assert (found != expected).mean() < 0.01  # a tie between two voxels is left to rounding errors
 
 
 def test_preprocessing_is_that_of_the_configuration():

@@ -102,6 +102,7 @@ def test_the_report_says_what_was_done(model, scan, tmp_path):
         assert label["volume_ml"] == pytest.approx((mask == label["value"]).sum() * voxel_ml, rel=1e-5)
         assert 0 < low <= label["volume_ml"] <= high
         assert 0 < label["agreement"] < 1
+        assert 0 < label["expected_dice"] < 1
 
 
 def test_interval_and_agreement_are_those_of_the_samples(model, tmp_path):
@@ -147,6 +148,7 @@ def test_a_scan_without_contrast_has_an_empty_mask_and_a_warning(model, tmp_path
     assert not voxels(tmp_path / "out/zero_seg.nii.gz").any()
     assert not voxels(tmp_path / "out/zero_samples.nii.gz").any()
     assert [label["volume_ml_interval90"] for label in report["labels"]] == [(0, 0), (0, 0)]
+    assert [label["expected_dice"] for label in report["labels"]] == [None, None]
 
 
 def test_the_bar_advances_by_one_a_scan_and_within_it(model, scan, tmp_path, monkeypatch):
