@@ -1,7 +1,6 @@
 """What many sampled masks say together. Everything is counted as it is drawn; no stack of volumes is kept."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,11 +59,11 @@ def label_reports(
     voxel_ml: float,
     tally: Tally | None,
     grid_voxel_ml: float,
-    expected_dice: Sequence[float],
+    expected_dice: dict[int, float],
 ) -> tuple[LabelReport, ...]:
     """Each label but the background: its volume in the map, and what the samples, on a grid of their own, say of it.
 
-    `expected_dice` is that of every class, nan where it is undefined.
+    `expected_dice` is that of every label by its value, nan where it is undefined.
     """
     found = []
     agreements = [None] * len(names) if tally is None else agreement(tally).tolist()
@@ -72,7 +71,7 @@ def label_reports(
         if value:
             volume = float(np.count_nonzero(label_map == value)) * voxel_ml
             interval = None if tally is None else interval90(tally.counts[:, index].numpy() * grid_voxel_ml, volume)
-            expected = None if math.isnan(expected_dice[index]) else expected_dice[index]
+            expected = None if math.isnan(expected_dice[value]) else expected_dice[value]
             found.append(LabelReport(value, name, volume, interval, agreements[index], expected))
     return tuple(found)
 

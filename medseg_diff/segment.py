@@ -74,9 +74,10 @@ def segment_scan(
     else:
         prediction = predict(model, image, samples=samples, steps=steps, seed=seed, keep=kept, progress=progress)
     best, label_map = np.full(scan.shape, -1, np.float32), np.zeros(scan.shape, label_dtype(values))
-    expected = []
+    expected = {}
     for value, frame in zip(values, probability_frames(prediction, affine, scan), strict=True):
-        expected.append(expected_dice(frame))
+        if value:
+            expected[value] = expected_dice(frame)
         better = frame > best
         label_map[better] = value
         np.maximum(best, frame, out=best)

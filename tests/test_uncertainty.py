@@ -24,6 +24,8 @@ def test_samples_against_two_references_by_hand():
     assert found.implausible == pytest.approx(1 / 3)
     # Twice every sample, three times every reference: two pairs of IoU 1 each, and two of IoU 0.
     assert found.hm_iou == pytest.approx(4 / 6)
+    # Three times either sample, and two of the six pairs fit.
+    assert sample_measures(samples[[0, 0]], samples[[0, 2, 2]]).hm_iou == pytest.approx(2 / 6)
 
 
 def test_masks_of_another_label_and_its_presence():
@@ -193,6 +195,6 @@ def test_expected_dice_by_hand():
 
 def test_rank_correlation_by_hand():
     assert rank_correlation([1.0, 2.0, 3.0, 9.0], [0.1, 0.5, 0.2, 0.9]) == pytest.approx(1 - 6 * 2 / (4 * 15))
-    assert rank_correlation([1.0, 2.0, math.nan, 3.0], [3.0, 2.0, 9.0, 1.0]) == -1
+    assert rank_correlation([1.0, 2.0, math.nan, 3.0, 9.0], [3.0, 2.0, 9.0, 1.0, math.nan]) == -1
     assert math.isnan(rank_correlation([1.0, 2.0], [1.0, 2.0]))
     assert math.isnan(rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]))

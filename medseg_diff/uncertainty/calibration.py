@@ -125,8 +125,8 @@ class Calibration:
     def reliability(self, band: bool = False) -> Reliability:
         """Confidence and accuracy in BINS bins of equal numbers of voxels; a fine bin is never divided."""
         count, wrong, uncertainty = (self.band if band else self.everywhere)[:, ::-1]
-        middle = np.cumsum(count) - count / 2
-        bins = np.minimum(BINS * middle / max(count.sum(), 1), BINS - 1).astype(int)
+        ahead = np.cumsum(count) - count
+        bins = (BINS * ahead / max(count.sum(), 1)).astype(int).clip(max=BINS - 1)
         mass, wrong, uncertainty = (np.bincount(bins, row, BINS) for row in (count, wrong, uncertainty))
         held = mass > 0
         mass, wrong, uncertainty = mass[held], wrong[held], uncertainty[held]
