@@ -75,8 +75,9 @@ def draw_reliability(calibration: Calibration, path: Path) -> None:
     """Accuracy over confidence in bins of equal numbers of voxels, of all and of those near the reference's borders."""
     bins = {"all voxels": calibration.reliability(), "near borders": calibration.reliability(band=True)}
     curves = {name: (b.confidence.tolist(), b.accuracy.tolist()) for name, b in bins.items()}
-    ideal = {"as it should be": ([0, 1], [0, 1])}
-    draw_lines([Panel("Reliability", "confidence", "accuracy", curves, ideal, ylim=(0.0, 1.02))], path)
+    low = min((value for curve in curves.values() for values in curve for value in values), default=0)
+    ideal = {"as it should be": ([low, 1], [low, 1])}
+    draw_lines([Panel("Reliability", "confidence", "accuracy", curves, ideal)], path)
 
 
 def _mean(values: list[float]) -> float:
