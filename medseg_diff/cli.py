@@ -160,7 +160,7 @@ def evaluate(
     references: Annotated[Path | None, typer.Option(help="Folder of references, for --predictions.")] = None,
     generated: Annotated[Path | None, typer.Option(help="Folder of generated images, instead of a model.")] = None,
     reference: Annotated[Path | None, typer.Option(help="The data set to hold them against.")] = None,
-    out: Annotated[Path, typer.Option(help="Where summary.json and cases.csv go.")] = Path("evaluation"),
+    out: Annotated[Path, typer.Option(help="Where summary.json, cases.csv and pictures go.")] = Path("evaluation"),
     samples: SamplesOption = None,
     steps: StepsOption = None,
     sampler: SamplerOption = None,
@@ -193,7 +193,7 @@ def evaluate(
     sources: Any = (predictions, references) if loaded is None else (data, split.value)
     summary = run_evaluation(loaded, sources, out, samples=samples, steps=steps, seed=seed, uri=uri)
     print(table(summary))
-    print(f"written to {out / 'summary.json'} and {out / 'cases.csv'}")
+    print(f"written to {out}: summary.json, cases.csv" + (", preview.png, reliability.png" if loaded else ""))
 
 
 @app.command()
