@@ -46,8 +46,8 @@ class Look:
     brightness: dict[str, float]
     bends: tuple[np.ndarray, ...]
     reach_mm: Point
-    texture: Float[np.ndarray, "i j k"]
-    bias: Float[np.ndarray, "i j k"]
+    texture: Float[np.ndarray, "_ _ _"]
+    bias: Float[np.ndarray, "_ _ _"]
     gain: float
 
 
