@@ -111,7 +111,7 @@ def ged_squared(
     """Squared generalized energy distance of n >= 2 drawn masks to the law, and the standard error of its estimate.
 
     2 E d(s, y) - E d(s, s') - E d(y, y'), where d is 1 - IoU in the mean over the labels (0 for a label that both lack)
-    and the pairs are of different masks, so that draws of the law itself have 0 in the mean (below 0 half the time).
+    and the pairs are of different masks, so that draws of the law itself have 0 in the mean, and are below it at times.
     y are `samples` draws of the law in 8 blocks; the error is that of these, over the blocks, and not of the n draws.
     Székely & Rizzo 2013, J. Stat. Plan. Inference 143; Kohl et al. 2018, arXiv:1806.05034.
     """
