@@ -8,7 +8,7 @@ Given the scan, these choices are independent:
 
 p rises linearly from 0 at the lower contrast of CONTRAST to 1 at the higher. The contrast is measured in the stored
 image: how much darker the core of the lesion is than the organ around it, in HU for CT and as a share of it for MR
-(see `contrast`). So p is no hidden number that noise blurs. Where exactly the borders of the options run does have to be
+(see `contrast`). So p is no hidden number that noise blurs. Where exactly the borders of the options run has to be
 guessed from a noisy image, as everywhere, to a part of a voxel.
 """
 
