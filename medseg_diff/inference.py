@@ -15,7 +15,7 @@ from medseg_diff.datasets.pipeline import outside
 from medseg_diff.datasets.slices import cut, with_neighbours
 from medseg_diff.denoising import draw, estimate
 from medseg_diff.device import autocast
-from medseg_diff.diffusion.masks import from_analog, input_scale, one_hot, pool, to_analog
+from medseg_diff.diffusion.masks import from_analog, input_scale, one_hot, pool, to_analog, to_labels
 from medseg_diff.diffusion.process import input_scale_wiener
 from medseg_diff.ensemble import Tally, staple
 from medseg_diff.errors import UserError
@@ -179,7 +179,7 @@ def _sampled(
     for start in range(0, samples, together):
         group = range(start, min(start + together, samples))
         soft = _drawing(model)(model, condition, noise, group, window, steps, _unwatched)
-        drawn.append(soft.argmax(2).to(torch.uint8))
+        drawn.append(to_labels(soft.flatten(0, 1)).unflatten(0, soft.shape[:2]))
         if kind in MASK_DENOISERS:
             total = total + (_votes(drawn[-1], soft.shape[2]) if fuse == "vote" else soft).sum(0)
     reported = total / samples if kind in MASK_DENOISERS else condition.mean_logits.softmax(1)

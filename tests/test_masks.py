@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ def test_label_maps_survive_the_round_trip(shape, dtype):
     assert encoded.shape == (2, 3, *shape[1:])
     assert torch.equal(encoded[:, 1], (label_map == 1).float())
     assert torch.equal(encoded.sum(1), torch.ones(shape))
-    assert torch.equal(to_labels(encoded), label_map.long())
+    assert torch.equal(to_labels(encoded), label_map.to(torch.uint8))
     torch.testing.assert_close(from_analog(to_analog(encoded, 0.3), 0.3), encoded)
 
 
@@ -56,3 +57,9 @@ def test_pooled_one_hot_holds_class_fractions():
 def test_pool_refuses_to_drop_an_edge(space):
     with pytest.raises(ValueError, match="x".join(map(str, space))):
         pool(torch.zeros(1, 1, *space), 2)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5, 256])
+def test_labels_are_the_first_of_the_largest_channels(classes):
+    x = torch.randint(0, 3, (2, classes, 6, 7), generator=torch.Generator().manual_seed(0)).float()
+    assert np.array_equal(to_labels(x).numpy(), x.numpy().argmax(1))

@@ -1,7 +1,7 @@
 """Label maps as the continuous masks that diffusion needs, and back."""
 
 import torch
-from jaxtyping import Float, Int64, Integer
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,9 +27,17 @@ def one_hot(label_map: Integer[Tensor, "batch *space"], classes: int) -> Float[T
     return empty.scatter_(1, label_map.long().unsqueeze(1), 1.0)
 
 
-def to_labels(x: Float[Tensor, "batch K *space"]) -> Int64[Tensor, "batch *space"]:
-    """The index of the largest channel at every voxel."""
-    return x.argmax(1)
+def to_labels(x: Float[Tensor, "batch K *space"]) -> UInt8[Tensor, "batch *space"]:
+    """The index of the largest channel at every voxel, the first of equals; K up to 256.
+
+    Channel by channel: argmax across a stride takes ten times as long on the CPU.
+    """
+    best = x[:, 0]
+    labels = torch.zeros(best.shape, dtype=torch.uint8, device=x.device)
+    for index in range(1, x.shape[1]):
+        labels = torch.where(x[:, index] > best, labels.new_tensor(index), labels)
+        best = torch.maximum(best, x[:, index])
+    return labels
 
 
 def pool(x: Float[Tensor, "batch K *space"], factor: int) -> Float[Tensor, "batch K *reduced"]:
