@@ -13,6 +13,7 @@ import yaml
 from medseg_diff.checkpoint import Model
 from medseg_diff.config import SAMPLING, Tracking, flatten, plain
 from medseg_diff.console import progress, say
+from medseg_diff.datasets.ambiguous import Truth, read_truth
 from medseg_diff.datasets.folders import label_names, matched
 from medseg_diff.datasets.layouts import Case, Dataset, digest, read_dataset, split
 from medseg_diff.datasets.pipeline import onto_grid
@@ -24,6 +25,7 @@ from medseg_diff.scans.preview import draw_preview
 from medseg_diff.scans.read import Scan, read_label_map, read_scan
 from medseg_diff.segment import Segmentation, probability_frames, segment_scan
 from medseg_diff.tracking import start_run
+from medseg_diff.uncertainty.exact import exact_measures
 from medseg_diff.uncertainty.report import Collection, draw_reliability
 
 
@@ -43,7 +45,8 @@ def evaluate_model(
     cases, expected_dice/LABEL and what the samples are worth, where the model draws any: coverage90/LABEL, the share of
     reference volumes inside the reported interval, agreement/LABEL, ged2/LABEL and so on. The sampled masks are
     compared on the network's grid. expected_dice_correlation and agreement_correlation are Spearman's with the true
-    Dice over cases, mean over labels. `preview` receives a picture of the first case, `reliability` the diagram.
+    Dice over cases, mean over labels. A case whose truth is known is held against it, too (`exact_measures`).
+    `preview` receives a picture of the first case, `reliability` the diagram.
     """
     settings, names = model.about.config.segment, model.about.labels
     drawing = model.about.config.network.kind in SAMPLING
@@ -69,6 +72,8 @@ def evaluate_model(
                     frames = probability_frames(found.prediction, found.affine, scan)
                     collection.calibration.add(frames, references[-1])
                 _collect(collection, found, scan, rated, references, names)
+                if case.truth is not None:
+                    _hold_against_truth(collection, read_truth(case.truth), found, scan, names, index)
             if preview is not None and index == 0:
                 shown = {value: name for value, name in names.items() if value}
                 draw_preview(scan.array[0], found.label_map, found.uncertainty, scan.affine, shown, preview, case.name)
@@ -113,6 +118,19 @@ def _collect(
             for scores in rated:
                 reference_ml = scores[label.value].reference_ml
                 collection.add_volumes(key, volumes_ml[:, index], label.volume_ml_interval90, reference_ml)
+
+
+def _hold_against_truth(
+    collection: Collection, truth: Truth, found: Segmentation, scan: Scan, names: dict[int, str], index: int
+) -> None:
+    """Against the exact law of an ambiguous phantom, which is known on the grid of its files only."""
+    samples = found.prediction.samples
+    if samples is None or samples.shape[1:] != scan.shape or not np.allclose(found.affine, scan.affine, atol=1e-3):
+        say(f"warning: {scan.path}: not held against its truth, for the samples are on another grid or there are none")
+        return
+    intervals = {label.value: label.volume_ml_interval90 for label in found.labels if label.volume_ml_interval90}
+    drawn = np.array(list(names))[np.asarray(samples)]
+    collection.add(exact_measures(truth, drawn, intervals, np.random.default_rng(index)))
 
 
 def choose_cases(dataset: Dataset, model: Model, which: str) -> tuple[Case, ...]:

@@ -34,7 +34,14 @@ def dicom() -> Path:
 LABELS = {0: "background", 7: "core", 205: "shell"}
 
 
-def untrained(path: Path, kind: str = "conditional", dims: int = 3, task: str | None = None, **changes: Any) -> Path:
+def untrained(
+    path: Path,
+    kind: str = "conditional",
+    dims: int = 3,
+    task: str | None = None,
+    labels: dict[int, str] = LABELS,
+    **changes: Any,
+) -> Path:
     """A tiny model file whose silent layers are given a voice; it draws masks of every label, if not good ones."""
     import torch
 
@@ -52,13 +59,13 @@ def untrained(path: Path, kind: str = "conditional", dims: int = 3, task: str | 
         section, _, name = key.partition("_")
         content[section][name] = value
     config = parse_config(content, path)
-    network = build(config, 1, len(LABELS))
+    network = build(config, 1, len(labels))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
             if not parameter.any():
                 parameter.normal_(0, 0.3, generator=generator)
-    save_model(path, network.state_dict(), Description(config, LABELS, ("MR",), {}, {}, {"steps": 0}))
+    save_model(path, network.state_dict(), Description(config, labels, ("MR",), {}, {}, {"steps": 0}))
     return path
 
 

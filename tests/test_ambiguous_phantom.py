@@ -8,7 +8,7 @@ import pytest
 from scipy.ndimage import binary_dilation
 
 from medseg_diff.cli import app
-from medseg_diff.datasets.ambiguous import marginals, presence, read_truth, truth_path
+from medseg_diff.datasets.ambiguous import marginals, presence, read_truth
 from medseg_diff.datasets.ambiguous_phantom import SIZES, STYLES, draw_ambiguous_case, make_ambiguous_phantom
 from medseg_diff.datasets.cache import load_volumes
 from medseg_diff.datasets.check import check
@@ -32,7 +32,7 @@ def stored(path):
 
 @pytest.fixture(scope="module")
 def truths(phantom):
-    return [read_truth(truth_path(phantom.root, case.name)) for case in phantom.cases]
+    return [read_truth(case.truth) for case in phantom.cases]
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +174,6 @@ def test_the_program_makes_it(tmp_path):
 
 def test_only_an_ambiguous_set_has_a_truth(phantom, tmp_path):
     make_phantom(tmp_path / "plain", 2, "ct", 1, seed=0)
-    assert truth_path(tmp_path / "plain", "phantom_000") is None
+    assert all(case.truth is None for case in read_dataset(tmp_path / "plain").cases)
     assert json.loads((phantom.root / "dataset.json").read_text())["truth"] == "truth"
-    assert truth_path(phantom.root, "ambiguous_000") == phantom.root / "truth/ambiguous_000.json"
+    assert phantom.cases[0].truth == phantom.root / "truth/ambiguous_000.json"

@@ -118,19 +118,13 @@ def ged_squared(
     if len(draws) < 2 or samples < 2 * BLOCKS:
         raise ValueError(f"give 2 draws or more and {2 * BLOCKS} samples or more, not {len(draws)} and {samples}")
     values = [value for value in truth.labels if value]
-    within = _mean_of_pairs(_distances(draws, draws, values))
+    within = _mean_of_pairs(distances(draws, draws, values))
     estimates = []
     for _ in range(BLOCKS):
         true = sample_masks(truth, samples // BLOCKS, rng)
-        across = _distances(draws, true, values).mean()
-        estimates.append(2 * across - within - _mean_of_pairs(_distances(true, true, values)))
+        across = distances(draws, true, values).mean()
+        estimates.append(2 * across - within - _mean_of_pairs(distances(true, true, values)))
     return float(np.mean(estimates)), float(np.std(estimates, ddof=1) / np.sqrt(BLOCKS))
-
-
-def truth_path(root: Path, name: str) -> Path | None:
-    """Where the truth of a case of a data set lies; None where dataset.json names no folder of truths under 'truth'."""
-    folder = json.loads((root / "dataset.json").read_text(encoding="utf-8-sig")).get("truth")
-    return root / folder / f"{name}.json" if folder else None
 
 
 def read_truth(path: Path) -> Truth:
@@ -179,10 +173,10 @@ def _filled(edges: list[int], shape: tuple[int, ...]) -> Bool[np.ndarray, "x y z
     return (np.bincount(np.array(edges, int), minlength=prod(shape) + 1).cumsum()[:-1] % 2 == 1).reshape(shape)
 
 
-def _distances(
+def distances(
     a: Integer[np.ndarray, "n x y z"], b: Integer[np.ndarray, "m x y z"], values: list[int]
 ) -> Float[np.ndarray, "n m"]:
-    """1 - IoU of every mask of a with every mask of b, in the mean over the labels."""
+    """1 - IoU of every mask of a with every mask of b, in the mean over the labels `values`; 0 where both lack one."""
     total = np.zeros((len(a), len(b)))
     for value in values:
         in_a, in_b = ((masks.reshape(len(masks), -1) == value).astype(np.float32) for masks in (a, b))

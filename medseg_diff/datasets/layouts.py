@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,15 @@ HIGHEST_LABEL = 2**15 - 1  # masks are written as int16
 
 @dataclass(frozen=True)
 class Case:
-    """One patient: an image, and one label file a rater (none where it is not labelled)."""
+    """One patient: an image, and one label file a rater (none where it is not labelled).
+
+    `truth` is the law that the raters' masks are drawn from, where it is known (see datasets/ambiguous.py).
+    """
 
     name: str
     image: Path
     labels: tuple[Path, ...]
+    truth: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,9 @@ def survey(root: Path) -> tuple[Dataset, list[UserError]]:
                 with _noting(errors):
                     cases.append(_case(root, entry))
         cases = sorted((case for case in cases if not _hidden(case.image)), key=lambda case: case.name)
+        if isinstance(description.get("truth"), str):
+            folder = _inside(root, description["truth"])
+            cases = [replace(case, truth=folder / f"{case.name}.json") for case in cases]
         if not cases and not errors:
             raise UserError(where, "it has no training cases", f"List them under 'training'. {SEE}")
     twice = [name for name, count in Counter(case.name for case in cases).items() if count > 1]

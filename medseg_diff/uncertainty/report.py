@@ -58,6 +58,11 @@ class Collection:
         for name, value in {**vars(found), "presence_brier": found.presence_brier}.items():
             self.values[f"{name}/{label}"].append(value)
 
+    def add(self, measures: dict[str, float]) -> None:
+        """Other measures of a case, by name."""
+        for name, value in measures.items():
+            self.values[name].append(value)
+
     def means(self) -> dict[str, float | None]:
         """Calibration over all voxels; MEASURE/LABEL, mean over the cases where it is defined; rank correlations.
 
