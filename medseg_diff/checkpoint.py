@@ -133,24 +133,34 @@ def explain(path: Path) -> dict[str, Any]:
     }
 
 
+def shipped() -> dict[str, Path]:
+    """The models that come with the package, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "models").glob("*.safetensors"))}
+
+
 def find_model(given: str | None, task: str) -> tuple[Path, str]:
-    """The model file: as given, else from the environment, else of the newest finished run; and where it was found."""
+    """The model file, and where it was found: as given, else from the environment, else of the newest finished run.
+
+    A file or folder that is named goes before a shipped model of the same name. Raises UserError.
+    """
     named = given or os.environ.get(ENVIRONMENT)
     if named:
-        path = Path(named)
+        where, path = f"--model {given}" if given else f"${ENVIRONMENT}", Path(named)
+        if not path.exists() and named in shipped():
+            return shipped()[named], f"{where if given else f'{where}={named}'}, shipped with medseg-diff"
         if path.is_dir():
             path = path / "best.safetensors"
         if not path.is_file():
-            advice = "Give --model a .safetensors file or the folder of a finished run."
+            advice = f"Give --model a .safetensors file or the folder of a finished run{_or_shipped(task)}."
             raise UserError(named, "there is no such model", advice)
-        return path, f"--model {given}" if given else f"${ENVIRONMENT}"
+        return path, where
     finished = sorted(Path("runs").glob(f"*/{FINISHED}"), key=lambda p: p.stat().st_mtime, reverse=True)
     for summary in finished:
         if _task(summary.parent) == task and (summary.parent / "best.safetensors").is_file():
             return summary.parent / "best.safetensors", f"the newest finished run, {summary.parent}"
     what = f"no model: no --model, no ${ENVIRONMENT}, and no finished run of task {task} under ./runs"
-    advice = "Train one (medseg-diff train --config configs/quickstart.yaml), or name one by --model FILE."
-    raise UserError(task, what, advice)
+    advice = "Train one (medseg-diff train --config configs/quickstart.yaml), or name one by --model FILE"
+    raise UserError(task, what, f"{advice}{_or_shipped(task)}.")
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -227,6 +237,17 @@ def _digest(tensors: Mapping[str, Tensor], description: str) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _or_shipped(task: str) -> str:
+    """What an error adds to its advice: the shipped models of a task, and what each segments."""
+    found = ""
+    for name, path in shipped().items():
+        about = describe(path)[0]
+        if about.config.task == task:
+            parts = ", ".join(part for value, part in about.labels.items() if value)
+            found += f", or --model {name}, which is shipped ({', '.join(about.channels)}: {parts})"
+    return found
 
 
 def _task(run: Path) -> str | None:

@@ -271,9 +271,7 @@ def check(path: Annotated[Path, typer.Argument(metavar="PATH", help="A data set 
 
 @app.command()
 def info(
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A .safetensors file or a run folder; else the newest run.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As of --model; else the newest run.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a model file is: labels, preprocessing, scores, data, version."""
@@ -333,4 +331,6 @@ def _load(given: str | None, device: str | None, task: str, sampler: StrEnum | N
             path, f"is a model of task {model.about.config.task}, not {task}", f"Name a model of task {task}."
         )
     say(f"model: {path} ({where})")
+    if model.about.config.use:
+        say(f"warning: the model is {model.about.config.use}")
     return resampled(model, sampler=sampler and sampler.value, fuse=fuse and fuse.value)

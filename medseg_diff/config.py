@@ -180,6 +180,8 @@ class Config(_Section):
     """segment: masks from scans. generate: images from noise."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of the weights, the order of the data and the noise."""
+    use: str = ""
+    """What the model is for, and what not: goes with it, and is said with whatever it segments."""
     data: Data
     network: Network = Network()
     diffusion: Diffusion = Diffusion()

@@ -35,7 +35,11 @@ class Fuse(StrEnum):
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="A .safetensors file or a run folder; else $MEDSEG_DIFF_MODEL, else the newest run."),
+    typer.Option(
+        "--model",
+        help="A .safetensors file, a run folder or a shipped model (hippocampus); else $MEDSEG_DIFF_MODEL, "
+        "else the newest run.",
+    ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="The same seed gives the same bytes.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda; by default cuda where there is one.")]

@@ -182,6 +182,8 @@ def _segment_file(
             items = [item for item in items if item not in bound]
         for warning in warnings:
             say(f"warning: {scan.path}: {warning}")
+        if model.about.config.use:
+            warnings.append(f"the model is {model.about.config.use}")
         files = {item: scan.name + FILES[item] for item in items}
         report = {
             "scan": str(scan.path),
