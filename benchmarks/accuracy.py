@@ -7,13 +7,12 @@ FOLDER is Task04_Hippocampus of the Decathlon. Runs that are under --work alread
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparators.judge import bootstrap, mean, per_case
-from comparators.protocol import ROOT, Run, ensure, finished
+from comparators.judge import bootstrap, differences, mean, per_case
+from comparators.protocol import ROOT, Run, ensure, finished, origin
 
 from medseg_diff.figures import Panel, draw_lines
 
@@ -63,12 +62,6 @@ def by_method(found: dict[Run, dict[str, Any]]) -> dict[str, list[dict[str, Any]
         for method in TITLES
         if any(run.method == method for run in found)
     }
-
-
-def differences(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]], measure: str) -> np.ndarray:
-    """First - second, [seeds, cases], of the same seeds and cases; the rater of either is the same."""
-    pairs = [(per_case(a, measure), per_case(b, measure)) for a, b in zip(first, second, strict=False)]
-    return np.array([[a[name] - b[name] for name in a] for a, b in pairs])
 
 
 def page(found: dict[Run, dict[str, Any]], options: argparse.Namespace, name: str) -> str:
@@ -127,12 +120,6 @@ Paired differences; 95 % interval by a bootstrap over seeds and cases, each draw
 Made by `.venv/bin/python benchmarks/accuracy.py --data FOLDER{extra}`; seeds 0 to {options.seeds - 1};
 {origin(found)}.
 """
-
-
-def origin(found: dict[Run, dict[str, Any]]) -> str:
-    """Commits and machines of the runs."""
-    made = {key: sorted({r[key] for r in found.values()}) for key in ("commit", "machine", "torch")}
-    return f"commit {', '.join(made['commit'])}, torch {', '.join(made['torch'])}, {', '.join(made['machine'])}"
 
 
 def draw(found: dict[Run, dict[str, Any]], path: Path) -> None:

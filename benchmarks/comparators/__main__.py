@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from comparators import ensemble, mc_dropout, nnunet, ours, ssn, temperature
+from comparators import audit, ensemble, mc_dropout, monai_ddpm, nnunet, ours, ssn, temperature
 from comparators.judge import judge
 from comparators.protocol import Prediction, Run, circumstances, configuration, model_of, volumes_of
 from medseg_diff.checkpoint import Model
@@ -25,11 +25,21 @@ from medseg_diff.config import Config
 from medseg_diff.datasets.cache import Volume
 from medseg_diff.files import replacing
 
-OUR_MODULES: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
+FEW_STEPS = ("segment.steps=10",)
+OUR_WAY = (
+    "diffusion.prediction=x0", "diffusion.schedule=cosine", "diffusion.zero_terminal=true", "diffusion.scale=0.2",
+    "diffusion.pure_noise=0.1", "segment.sampler=ddpm",
+)  # fmt: skip
+
+MODULES: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "conditional": (ours, ()),
     "unet": (ours, ("network.kind=unet",)),
     "mc_dropout": (mc_dropout, ("network.kind=unet",)),
     "ssn": (ssn, ("network.kind=unet",)),
+    "monai_ddpm": (monai_ddpm, ("network.kind=unet", "train.lr=0.0005")),
+    "v1": (ours, FEW_STEPS),
+    "v2": (ours, FEW_STEPS),
+    "v2_x0": (ours, (*FEW_STEPS, *OUR_WAY)),
 }
 """What builds, trains and predicts, and what differs from the configuration."""
 
@@ -48,18 +58,20 @@ def perform(run: Run) -> dict[str, Any]:
     match run.method:
         case "temperature":
             return temperature.perform(run, trained(replace(run, method="unet")))
+        case "audit":
+            return audit.perform(run, trained(replace(run, method="conditional")))
         case "ensemble":
             members = [trained(replace(run, method="unet", seed=run.seed + k)) for k in range(ensemble.MEMBERS)]
             return scored(run, ensemble, members)
         case "nnunet_2d" | "nnunet_3d":
             return nnunet.perform(run)
     model = trained(run)
-    return scored(run, OUR_MODULES[run.method][0], model)
+    return scored(run, MODULES[run.method][0], model)
 
 
 def trained(run: Run) -> Model:
     """The method's network, from its file or trained into it."""
-    module, settings = OUR_MODULES[run.method]
+    module, settings = MODULES[run.method]
     config = configuration(run, settings)
     dataset, training, _ = volumes_of(run, config)
     classes, path = len(dataset.labels), run.work / f"{run.trained}.safetensors"

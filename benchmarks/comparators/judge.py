@@ -1,7 +1,7 @@
 """All that is measured of a method's predictions. The measures are those of the package."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -99,6 +99,12 @@ def per_case(result: Mapping[str, Any], measure: str) -> dict[str, float]:
         case["name"]: mean([value for name, value in case.items() if name.startswith(f"{measure}/")])
         for case in result["cases"]
     }
+
+
+def differences(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], measure: str) -> np.ndarray:
+    """First - second, [seeds, cases], where either has the seed and the case; results come by rising seed."""
+    pairs = [(per_case(a, measure), per_case(b, measure)) for a, b in zip(first, second, strict=False)]
+    return np.array([[a[name] - b[name] for name in a if name in b] for a, b in pairs])
 
 
 def bootstrap(difference: np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:

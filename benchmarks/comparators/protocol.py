@@ -156,7 +156,14 @@ def ensure(runs: Sequence[Run]) -> None:
 
 
 def _start(run: Run) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
+    paths = [str(ROOT / "benchmarks")]
+    if run.method == "monai_ddpm":
+        extras = ROOT / "runs/monai"  # MONAI's attention wants einops, which nothing of ours does
+        if not extras.exists():
+            install = ["pip", "install", "-q", "--no-deps", "--target", str(extras), "einops"]
+            subprocess.run([sys.executable, "-m", *install], check=True)
+        paths.append(str(extras))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     description = json.dumps(asdict(run), default=str)
     subprocess.run([sys.executable, "-m", "comparators", description], cwd=run.work, env=environment, check=True)
 
@@ -175,6 +182,12 @@ def _undefined(found: Any) -> Any:
         case None:
             return float("nan")
     return found
+
+
+def origin(found: dict[Run, dict[str, Any]]) -> str:
+    """Commits, versions and machines of results, for the foot of a table."""
+    made = {key: ", ".join(sorted({r[key] for r in found.values()})) for key in ("commit", "torch", "machine")}
+    return f"commit {made['commit']}, torch {made['torch']}, {made['machine']}"
 
 
 def circumstances() -> dict[str, str]:
