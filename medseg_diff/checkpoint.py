@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from medseg_diff import __version__
+from medseg_diff import __version__, calibrated
+from medseg_diff.calibrated import Calibrated
 from medseg_diff.config import Config, plain
 from medseg_diff.config_file import YAML_ERRORS, parse_config
 from medseg_diff.errors import UserError, reason
@@ -40,6 +41,7 @@ class Description:
     dataset: dict[str, Any]
     trained: dict[str, Any]
     version: str = __version__
+    calibration: Calibrated | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def build(config: Config, channels: int, classes: int) -> nn.Module:
 def save_model(path: Path, weights: Mapping[str, Tensor], about: Description) -> str:
     """Writes one safetensors file, whole or not at all; returns its digest."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
+    calibration = calibrated.plain(about.calibration)
     description = json.dumps(
         {
             "config": plain(about.config),
@@ -80,7 +83,8 @@ def save_model(path: Path, weights: Mapping[str, Tensor], about: Description) ->
             "dataset": about.dataset,
             "trained": about.trained,
             "version": about.version,
-        },
+        }
+        | ({} if calibration is None else {"calibration": calibration}),
         sort_keys=True,
     )
     digest = _digest(tensors, description)
@@ -128,6 +132,7 @@ def explain(path: Path) -> dict[str, Any]:
         "channels": list(about.channels),
         "trained": about.trained,
         "scores": about.scores,
+        "calibration": calibrated.told(about.calibration),
         "dataset": about.dataset,
         "config": plain(about.config),
     }
@@ -213,6 +218,7 @@ def _description(path: Path, metadata: dict[str, str]) -> tuple[Description, str
             dataset=held["dataset"],
             trained=held["trained"],
             version=held["version"],
+            calibration=calibrated.parse(held.get("calibration")),
         )
         return about, metadata["digest"]
     except (KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:

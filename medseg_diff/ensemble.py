@@ -1,6 +1,7 @@
 """What many sampled masks say together. Everything is counted as it is drawn; no stack of volumes is kept."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,17 +61,22 @@ def label_reports(
     tally: Tally | None,
     grid_voxel_ml: float,
     expected_dice: dict[int, float],
+    factors: Mapping[int, float],
 ) -> tuple[LabelReport, ...]:
     """Each label but the background: its volume in the map, and what the samples, on a grid of their own, say of it.
 
-    `expected_dice` is that of every label by its value, nan where it is undefined.
+    `expected_dice` is that of every label by its value, nan where it is undefined; `factors` stretch the intervals, of
+    the labels that were calibrated.
     """
     found = []
     agreements = [None] * len(names) if tally is None else agreement(tally).tolist()
     for index, (value, name) in enumerate(names.items()):
         if value:
             volume = float(np.count_nonzero(label_map == value)) * voxel_ml
-            interval = None if tally is None else interval90(tally.counts[:, index].numpy() * grid_voxel_ml, volume)
+            interval = None
+            if tally is not None:
+                drawn_ml = tally.counts[:, index].numpy() * grid_voxel_ml
+                interval = interval90(drawn_ml, volume, factors.get(value), grid_voxel_ml)
             expected = None if math.isnan(expected_dice[value]) else expected_dice[value]
             found.append(LabelReport(value, name, volume, interval, agreements[index], expected))
     return tuple(found)
@@ -89,14 +95,35 @@ def nominal_level(samples: int) -> float:
     return min(0.9, (samples - 1) / (samples + 1))
 
 
-def interval90(volumes_ml: Float[np.ndarray, "samples"], reported_ml: float) -> tuple[float, float]:
+def interval90(
+    volumes_ml: Float[np.ndarray, "samples"], reported_ml: float, factor: float | None = None, voxel_ml: float = 0.0
+) -> tuple[float, float]:
     """The 5th and the 95th percentile of the volume, widened to hold the volume that is reported.
 
     Of n exchangeable draws and the truth, the truth lies below the k-th smallest draw with probability k / (n + 1):
     hence Weibull's plotting positions. Fewer than 19 draws cannot reach 90 % and give their range; see `nominal_level`.
+    With a `factor` that was calibrated, the `scaled_interval` in their place.
     """
+    low, high = _percentiles(volumes_ml) if factor is None else scaled_interval(volumes_ml, factor, voxel_ml)
+    return min(low, reported_ml), max(high, reported_ml)
+
+
+def scaled_interval(volumes_ml: Float[np.ndarray, "samples"], factor: float, voxel_ml: float) -> tuple[float, float]:
+    """Both sides of the median stretched by a factor, each for itself; no volume is below 0."""
+    middle, below, above = spread(volumes_ml, voxel_ml)
+    return max(0.0, middle - factor * below), middle + factor * above
+
+
+def spread(volumes_ml: Float[np.ndarray, "samples"], voxel_ml: float) -> tuple[float, float, float]:
+    """The median, and how far the 5th and the 95th percentile are from it; a voxel more, so that neither is ever 0."""
+    low, high = _percentiles(volumes_ml)
+    middle = float(np.median(volumes_ml))
+    return middle, middle - low + voxel_ml, high - middle + voxel_ml
+
+
+def _percentiles(volumes_ml: Float[np.ndarray, "samples"]) -> tuple[float, float]:
     low, high = np.quantile(volumes_ml, [0.05, 0.95], method="weibull")
-    return float(min(low, reported_ml)), float(max(high, reported_ml))
+    return float(low), float(high)
 
 
 def staple(samples: UInt8[np.ndarray, "samples *space"], classes: int) -> Float[np.ndarray, "{classes} *space"]:

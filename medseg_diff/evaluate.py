@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from medseg_diff.checkpoint import Model
-from medseg_diff.config import SAMPLING, Tracking, flatten, plain
+from medseg_diff.config import MASK_DENOISERS, SAMPLING, Tracking, flatten, plain
 from medseg_diff.console import progress, say
 from medseg_diff.datasets.ambiguous import Truth, read_truth
 from medseg_diff.datasets.folders import label_names, matched
@@ -26,6 +26,7 @@ from medseg_diff.scans.read import Scan, read_label_map, read_scan
 from medseg_diff.segment import Segmentation, probability_frames, segment_scan
 from medseg_diff.tracking import start_run
 from medseg_diff.uncertainty.exact import exact_measures
+from medseg_diff.uncertainty.fitting import Fitting
 from medseg_diff.uncertainty.report import Collection, draw_reliability
 
 
@@ -38,15 +39,17 @@ def evaluate_model(
     seed: int = 0,
     preview: Path | None = None,
     reliability: Path | None = None,
+    fitting: Fitting | None = None,
 ) -> dict[str, Any]:
     """Segments every case by the code of `segment`, case i with seed + i, and scores the masks; each rater counts.
 
     `mean` gains the measures of `medseg_diff.uncertainty`: calibration over all voxels, and, a label each and mean over
     cases, expected_dice/LABEL and what the samples are worth, where the model draws any: coverage90/LABEL, the share of
-    reference volumes inside the reported interval, agreement/LABEL, ged2/LABEL and so on. The sampled masks are
-    compared on the network's grid. expected_dice_correlation and agreement_correlation are Spearman's with the true
-    Dice over cases, mean over labels. A case whose truth is known is held against it, too (`exact_measures`).
-    `preview` receives a picture of the first case, `reliability` the diagram.
+    reference volumes inside the reported interval, coverage90_raw/LABEL and width90_raw/LABEL, of the samples' own
+    quantiles, agreement/LABEL, ged2/LABEL and so on. The sampled masks are compared on the network's grid.
+    expected_dice_correlation and agreement_correlation are Spearman's with the true Dice over cases, mean over labels.
+    A case whose truth is known is held against it, too (`exact_measures`). `preview` receives a picture of the first
+    case, `reliability` the diagram, `fitting` what is needed to calibrate a model that is not calibrated yet.
     """
     settings, names = model.about.config.segment, model.about.labels
     drawing = model.about.config.network.kind in SAMPLING
@@ -71,7 +74,13 @@ def evaluate_model(
                     references.append(_indices(reference, names))
                     frames = probability_frames(found.prediction, found.affine, scan)
                     collection.calibration.add(frames, references[-1])
-                _collect(collection, found, scan, rated, references, names)
+                grid = found.prediction.probabilities.shape[1:]
+                moved = np.stack([onto_grid(map_, scan.affine, found.affine, grid) for map_ in references])
+                _collect(collection, found, rated, moved, names, fitting)
+                if fitting is not None:
+                    fitting.cases += 1
+                    if model.about.config.network.kind not in MASK_DENOISERS:
+                        fitting.add_mean(found.prediction.probabilities, moved)
                 if case.truth is not None:
                     _hold_against_truth(collection, read_truth(case.truth), found, scan, names, index)
             if preview is not None and index == 0:
@@ -96,12 +105,12 @@ def _indices(label_map: np.ndarray, names: dict[int, str]) -> np.ndarray:
 def _collect(
     collection: Collection,
     found: Segmentation,
-    scan: Scan,
     rated: Sequence[dict[int, LabelScore]],
-    references: Sequence[np.ndarray],
+    references: np.ndarray,
     names: dict[int, str],
+    fitting: Fitting | None,
 ) -> None:
-    """What a case says of its own uncertainty, against the masks of its raters; samples on the network's grid."""
+    """What a case says of its own uncertainty, against the masks of its raters, all on the network's grid."""
     drawn, keys = found.prediction, label_keys(names)
     for label in found.labels:
         dice = float(np.mean([scores[label.value].dice for scores in rated]))
@@ -109,15 +118,16 @@ def _collect(
         collection.add_estimates(keys[label.value], dice, **estimates)
     if drawn.tally is None or drawn.samples is None:
         return
-    moved = np.stack([onto_grid(map_, scan.affine, found.affine, drawn.samples.shape[1:]) for map_ in references])
     volumes_ml = drawn.tally.counts.numpy() * float(np.prod(spacing_of(found.affine.numpy()))) / 1000
     for label in found.labels:
         key, index = keys[label.value], list(names).index(label.value)
-        collection.add_samples(key, drawn.samples, moved, index)
+        collection.add_samples(key, drawn.samples, references, index)
+        references_ml = [scores[label.value].reference_ml for scores in rated]
         if label.volume_ml_interval90 is not None:
-            for scores in rated:
-                reference_ml = scores[label.value].reference_ml
+            for reference_ml in references_ml:
                 collection.add_volumes(key, volumes_ml[:, index], label.volume_ml_interval90, reference_ml)
+        if fitting is not None:
+            fitting.add_volumes(label.value, volumes_ml[:, index], np.array(references_ml))
 
 
 def _hold_against_truth(

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Integer
 
 from medseg_diff import __version__
+from medseg_diff.calibrated import NOMINAL, told
 from medseg_diff.checkpoint import Model
 from medseg_diff.config import SAMPLING
 from medseg_diff.console import progress, say, whole
@@ -28,6 +29,7 @@ from medseg_diff.scans.read import Scan, read_scan
 from medseg_diff.scans.rtstruct import write_rtstruct
 from medseg_diff.scans.write import label_dtype, write_dicom_seg, write_nifti, write_seg_nrrd
 from medseg_diff.uncertainty.calibration import expected_dice
+from medseg_diff.uncertainty.temperature import tempered
 
 FILES = {
     "seg": "_seg.nii.gz", "prob": "_prob.nii.gz", "uncertainty": "_uncertainty.nii.gz", "samples": "_samples.nii.gz",
@@ -63,6 +65,7 @@ def segment_scan(
 ) -> Segmentation:
     """The most probable label of every voxel, and 1 - its probability as the uncertainty.
 
+    A model that was calibrated gives its probabilities at its temperature, and stretched intervals.
     `keep` is a folder for the sampled masks; without it they are counted and forgotten. `progress` as of `predict`.
     """
     prepared = prepare(scan, preprocessing(model.about.config.data))
@@ -73,6 +76,11 @@ def segment_scan(
         prediction = _nothing(len(values), samples, grid, kept)
     else:
         prediction = predict(model, image, samples=samples, steps=steps, seed=seed, keep=kept, progress=progress)
+    fitted, factors = model.about.calibration, {}
+    if fitted is not None:
+        factors = fitted.factors(samples, steps)
+        if fitted.temperature is not None:
+            prediction = replace(prediction, probabilities=tempered(prediction.probabilities, fitted.temperature))
     best, label_map = np.full(scan.shape, -1, np.float32), np.zeros(scan.shape, label_dtype(values))
     expected = {}
     for value, frame in zip(values, probability_frames(prediction, affine, scan), strict=True):
@@ -82,7 +90,9 @@ def segment_scan(
         label_map[better] = value
         np.maximum(best, frame, out=best)
     grid_voxel_ml = float(torch.linalg.det(affine[:3, :3].double()).abs()) / 1000
-    labels = label_reports(model.about.labels, label_map, scan.voxel_ml, prediction.tally, grid_voxel_ml, expected)
+    labels = label_reports(
+        model.about.labels, label_map, scan.voxel_ml, prediction.tally, grid_voxel_ml, expected, factors
+    )
     return Segmentation(label_map, np.clip(1 - best, 0, 1), labels, prediction, affine)
 
 
@@ -196,7 +206,8 @@ def _segment_file(
             "seconds": round(time.perf_counter() - begin, 3),
             "warnings": warnings,
             "uncertainty": "1 - probability of the reported label",
-            "interval_nominal": round(nominal_level(samples), 3) if samples else None,
+            "interval_nominal": _nominal(model, samples, steps),
+            "calibration": told(model.about.calibration, samples, steps),
             "labels": [asdict(label) for label in found.labels],
             "written": [str(out / name) for name in files.values()],
         }
@@ -232,6 +243,13 @@ def _write(item: str, found: Segmentation, scan: Scan, model: Model, path: Path,
             write_rtstruct(found.label_map, scan, foreground, path)
         case "seg-nrrd":
             write_seg_nrrd(found.label_map, scan, foreground, path)
+
+
+def _nominal(model: Model, samples: int, steps: int) -> float | None:
+    fitted = model.about.calibration
+    if fitted is not None and fitted.factors(samples, steps):
+        return NOMINAL
+    return round(nominal_level(samples), 3) if samples else None
 
 
 def _check_items(items: Sequence[str], model: Model) -> None:

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from medseg_diff.checkpoint import FINISHED, Description, describe, save_model
-from medseg_diff.config import Config, flatten, plain
+from medseg_diff.config import Config, Train, flatten, plain
 from medseg_diff.console import progress, say
 from medseg_diff.datasets.cache import Volume, load_volumes
 from medseg_diff.datasets.layouts import Case, Dataset, digest, read_dataset, split
@@ -70,7 +70,8 @@ def train(config: Config, folder: Path, device: torch.device, *, fresh: bool = F
         state.save(folder / "state.pt")
 
         with _finishing(tracker), Interrupt() as interrupt, progress("training", 1.0) as advance:
-            while (spent := state.spent(budget.steps, budget.max_minutes)) < 1 or state.validated < budget.validations:
+            while not _exhausted(state, budget):
+                spent = state.spent(budget.steps, budget.max_minutes)
                 if spent >= (state.validated + 1) / budget.validations:
                     state.save(folder / "state.pt")
                     with interrupt.at_once():
@@ -104,6 +105,8 @@ def train(config: Config, folder: Path, device: torch.device, *, fresh: bool = F
                     raise SystemExit(128 + interrupt.requested)
                 advance(state.spent(budget.steps, budget.max_minutes) - spent, note=f"step {state.step}")
 
+        if state.spent(budget.steps, budget.max_minutes) < 1:
+            say(f"stopped early at step {state.step}: {state.stale} validations in a row were no better than the best")
         state.save(folder / "state.pt")
         spent_on = {"steps": state.step, "minutes": state.elapsed_s / 60, "skipped": state.skipped}
         summary = {**describe(folder / "best.safetensors")[0].scores, **spent_on}
@@ -151,21 +154,36 @@ def _validate(
     held_out: Sequence[Volume],
     device: torch.device,
 ) -> dict[str, float]:
-    """Writes `model.safetensors`, judges the file, writes the scores into it, keeps the best as `best.safetensors`."""
+    """Writes `model.safetensors`, judges the file, writes into it scores and calibration, keeps the best.
+
+    The best, `best.safetensors`, is that of the least NLL where a distribution of masks is learned: it rises when the
+    network becomes too sure, and Dice does not fall then. Else it is that of the highest Dice, or the least loss.
+    """
     path, weights = folder / "model.safetensors", state.average.state_dict()
     about = Description(without_paths(config), dataset.labels, dataset.channels, {}, tags, {"steps": state.step})
     save_model(path, weights, about)
-    metrics = validate(path, device, cases, held_out, config.seed)
+    metrics, calibration = validate(path, device, cases, held_out, config.seed)
     seeds = [(config.seed, 2**40 + index) for index in range(VALIDATION_BATCHES)]
     losses = [held_out_loss(state.average, config, held_out, len(dataset.labels), seed) for seed in seeds]
     metrics["val/loss"] = float(torch.stack(losses).mean())
-    save_model(path, weights, replace(about, scores=metrics))
-    found = metrics.get("val/dice", -metrics["val/loss"])
+    save_model(path, weights, replace(about, scores=metrics, calibration=calibration))
+    if config.network.kind == "conditional":
+        found = -metrics["val/nll"]
+    else:
+        found = metrics.get("val/dice", -metrics["val/loss"])
+    state.stale += 1
     if found > state.best:
-        state.best = found
+        state.best, state.stale = found, 0
         with replacing(folder / "best.safetensors") as temporary:
             shutil.copyfile(path, temporary)
     return metrics
+
+
+def _exhausted(state: State, budget: Train) -> bool:
+    """Whether the budget is spent and validated, or the patience."""
+    if budget.patience is not None and state.stale >= budget.patience:
+        return True
+    return state.spent(budget.steps, budget.max_minutes) >= 1 and state.validated >= budget.validations
 
 
 def _prepared(cases: Sequence[Case], config: Config, values: list[int], channels: int) -> list[Volume]:

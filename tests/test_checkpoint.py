@@ -126,7 +126,17 @@ def test_a_damaged_header_is_a_user_error_for_describe_too(model: Path):
         *(metadata | {"description": json.dumps({k: v for k, v in whole.items() if k != key})} for key in whole),
         *(
             metadata | {"description": json.dumps(whole | change)}
-            for change in ({"labels": []}, {"labels": {"x": "y"}}, {"channels": 3}, {"config": None}, {"config": {}})
+            for change in (
+                {"labels": []},
+                {"labels": {"x": "y"}},
+                {"channels": 3},
+                {"config": None},
+                {"config": {}},
+                {"calibration": []},
+                {"calibration": {}},
+                {"calibration": {"intervals": {"x": {}}}},
+                {"calibration": {"intervals": {}, "colour": 1}},
+            )
         ),
     ]
     for held in broken:

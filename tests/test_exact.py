@@ -39,6 +39,7 @@ def test_draws_of_the_law_are_honest(truth):
     assert np.mean([measures["presence_error"] for measures in found]) == pytest.approx(expected, abs=0.03)
     assert found[0]["coverage90_exact/organ"] == pytest.approx(1)
     assert found[0]["coverage90_exact/lesion"] == pytest.approx(0.75), "absent, or 0.064 ml"
+    assert {measures["coverage90_raw_exact/lesion"] for measures in found} <= {0.25, 0.75, 1.0}
 
 
 def test_certainty_is_found_out(truth):
@@ -59,6 +60,7 @@ def test_certainty_is_found_out(truth):
     assert found["presence_error"] == pytest.approx(0.25)
     assert found["implausible_exact"] == 0
     assert found["coverage90_exact/organ"] == pytest.approx(0.375), "0.512 ml: wide, and no lesion"
+    assert found["coverage90_raw_exact/organ"] == pytest.approx(0.375)
 
 
 def test_impossible_samples_are_implausible(truth):

@@ -78,14 +78,40 @@ def test_leaves_what_is_promised(straight: Path):
     assert about.config.data.root == Path("phantom")
     best, _ = describe(straight / "best.safetensors")
     assert best.scores["val/dice"] == json.loads((straight / "summary.json").read_text())["val/dice"]
+    assert (best.calibration.cases, best.calibration.intervals) == (1, {}), (
+        "one case to validate, too few for intervals"
+    )
+    assert best.calibration.nll_after <= best.calibration.nll_before
     assert about.config.tracking.uri == "sqlite:///mlflow.db", "a model names nobody's store"
     assert torch.load(straight / "state.pt", weights_only=True)["counters"]["step"] == 6
 
 
 def test_the_best_model_is_the_one_with_the_best_validation(straight: Path):
     with (straight / "metrics.csv").open() as file:
-        dice = [float(row["value"]) for row in csv.DictReader(file) if row["metric"] == "val/dice"]
-    assert describe(straight / "best.safetensors")[0].scores["val/dice"] == max(dice)
+        nll = [float(row["value"]) for row in csv.DictReader(file) if row["metric"] == "val/nll"]
+    assert len(nll) == 2
+    assert describe(straight / "best.safetensors")[0].scores["val/nll"] == min(nll)
+
+
+@pytest.mark.parametrize(("patience", "steps"), [(2, 3), (None, 4)])
+def test_patience_ends_what_no_longer_improves(patience, steps, data, tmp_path, monkeypatch):
+    """A network that learns nothing is never better than at its first validation; broken off and resumed here."""
+    folder, step = tmp_path / "run", training.take_step
+    config = settings(data, folder, steps=4, lr=1e-30, validations=4, patience=patience, checkpoint_every=1)
+
+    def breaking(state, *rest):
+        if state.step == 2:
+            raise ConnectionAbortedError
+        return step(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "take_step", breaking)
+        with pytest.raises(ConnectionAbortedError):
+            train(config, folder, CPU)
+    assert train(config, folder, CPU)["steps"] == steps
+    assert describe(folder / "best.safetensors")[0].trained == {"steps": 1}
+    counters = torch.load(folder / "state.pt", weights_only=True)["counters"]
+    assert (counters["stale"], counters["validated"]) == (steps - 1, steps)
 
 
 def test_a_finished_run_is_left_alone_and_fresh_starts_again(straight: Path, data: Path, tmp_path: Path):

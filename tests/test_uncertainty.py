@@ -169,13 +169,25 @@ def test_volumes_by_hand():
     found = volume_measures(np.array([1.0, 2.0, 4.0]), (1.0, 4.0), 2.0)
     assert found.covered
     assert found.interval_width == 1.5
+    assert (found.raw_covered, found.raw_width) == (True, pytest.approx((3.8 - 1.1) / 2))
+    assert not volume_measures(np.array([1.0, 2.0, 4.0]), (1.0, 4.0), 1.05).raw_covered
     assert found.crps == pytest.approx((1 - 2 * (1 + 3 + 2) / 6 / 2) / 2)
     assert not volume_measures(np.array([3.0, 4.0]), (3.0, 4.0), 2.0).covered
     absent = volume_measures(np.array([0.0, 1.0]), (0.0, 1.0), 0.0)
     assert absent.covered
+    assert not absent.raw_covered
+    assert math.isnan(absent.raw_width)
     assert math.isnan(absent.crps)
     assert math.isnan(absent.interval_width)
     assert math.isnan(crps(np.array([1.0]), 1.0))
+
+
+@pytest.mark.parametrize("samples", [4, 16])
+def test_a_right_sampler_covers_what_is_said_of_the_raw_interval(samples):
+    """For a uniform law the interpolation between two order statistics is exact."""
+    volumes = np.random.default_rng(0).uniform(1, 2, size=(8000, samples + 1))
+    covered = [volume_measures(v[1:], (0.0, 0.0), float(v[0])).raw_covered for v in volumes]
+    assert np.mean(covered) == pytest.approx(0.9 * (samples - 1) / (samples + 1), abs=0.015)
 
 
 def test_the_score_of_volumes_is_fair():

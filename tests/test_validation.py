@@ -47,16 +47,19 @@ def test_a_model_file_is_judged_and_pictured(models, tmp_path, kind, pictures):
     (tmp_path / "run").mkdir()
     path = tmp_path / "run/model.safetensors"
     path.write_bytes(models[kind].read_bytes())
-    metrics = validate(path, CPU, [case(tmp_path)], [volume()], seed=0)
+    metrics, calibration = validate(path, CPU, [case(tmp_path)], [volume()], seed=0)
     assert {"val/dice", "val/dice/core", "val/dice/shell", "val/n"} <= metrics.keys()
     assert ("val/coverage90/core" in metrics) == (kind != "unet")
+    assert calibration.cases == 1
+    assert calibration.nll_after <= calibration.nll_before == pytest.approx(metrics["val/nll"], rel=1e-4)
+    assert calibration.samples == (0 if kind == "unet" else 4)
     assert sorted(p.name for p in path.parent.iterdir()) == sorted(["model.safetensors", *pictures])
 
 
 def test_a_generator_leaves_a_grid(models, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(models["unconditional"].read_bytes())
-    assert validate(path, CPU, [], [], seed=0) == {}
+    assert validate(path, CPU, [], [], seed=0) == ({}, None)
     assert imread(tmp_path / "grid.png").ndim == 3
 
 

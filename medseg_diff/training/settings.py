@@ -16,7 +16,8 @@ from medseg_diff.scans.geometry import ras_spacing
 from medseg_diff.scans.read import read_scan
 
 MAY_CHANGE = (
-    "train.steps", "train.max_minutes", "train.checkpoint_every", "tracking.uri", "tracking.experiment", "data.cache",
+    "train.steps", "train.max_minutes", "train.patience", "train.checkpoint_every",
+    "tracking.uri", "tracking.experiment", "data.cache",
 )  # fmt: skip
 """Keys that may differ between two calls of the same run."""
 

@@ -18,8 +18,8 @@ PARTS = ("network", "average", "optimizer", "score")
 class State:
     """A run between two steps.
 
-    `average` is the moving average of the weights, `best` the best validation so far, `recent` the losses since the
-    last entry in the history.
+    `average` is the moving average of the weights, `best` the best validation so far, `stale` how many in a row did not
+    improve on it, `recent` the losses since the last entry in the history.
     """
 
     network: nn.Module
@@ -30,6 +30,7 @@ class State:
     elapsed_s: float = 0.0
     validated: int = 0
     best: float = -float("inf")
+    stale: int = 0
     skipped: int = 0
     tracking_id: str | None = None
     dataset_digest: str = ""

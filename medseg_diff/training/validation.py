@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medseg_diff.calibrated import Calibrated
 from medseg_diff.checkpoint import Model, load_model
 from medseg_diff.config import SAMPLING
 from medseg_diff.datasets.cache import Volume
@@ -16,6 +17,7 @@ from medseg_diff.evaluate import evaluate_model, logged
 from medseg_diff.figures import colours, draw_grid, draw_strip
 from medseg_diff.generate import generate_images
 from medseg_diff.inference import trace
+from medseg_diff.uncertainty.fitting import Fitting
 
 STRIP_STEPS = 4
 """Calls of the denoiser that the strip of the process shows."""
@@ -23,18 +25,25 @@ STRIP_STEPS = 4
 
 def validate(
     path: Path, device: torch.device, cases: Sequence[Case], held_out: Sequence[Volume], seed: int
-) -> dict[str, float]:
-    """Metrics of a model file on validation cases, none for task generate; leaves pictures beside the file."""
+) -> tuple[dict[str, float], Calibrated | None]:
+    """Metrics of a model file on validation cases, and what they calibrate; neither for task generate.
+
+    Leaves pictures beside the file.
+    """
     model = load_model(path, device)
     config = model.about.config
     if config.task == "generate":
         images = generate_images(model, config.segment.samples, steps=config.segment.steps, seed=seed)
         masks = images[:, len(model.about.channels) :].argmax(1) if config.data.pairs else None
         draw_grid(images[:, 0], path.with_name("grid.png"), masks)
-        return {}
-    if config.network.kind in SAMPLING:
+        return {}, None
+    drawing, settings, fitting = config.network.kind in SAMPLING, config.segment, Fitting()
+    if drawing:
         draw_process(model, held_out[0], path.with_name("process.png"), seed)
-    return logged(evaluate_model(model, cases, seed=seed, preview=path.with_name("preview.png")))
+    summary = evaluate_model(model, cases, seed=seed, preview=path.with_name("preview.png"), fitting=fitting)
+    assert config.data.spacing_mm is not None
+    voxel_ml = float(np.prod(config.data.spacing_mm)) / 1000
+    return logged(summary), fitting.fit(settings.samples if drawing else 0, settings.steps, voxel_ml)
 
 
 def draw_process(model: Model, volume: Volume, path: Path, seed: int) -> None:

@@ -42,7 +42,8 @@ class Collection:
         """The measures of a case's sampled volumes against one rater's, and of the interval that is reported."""
         found = volume_measures(volumes_ml, interval_ml, reference_ml)
         for name, value in (
-            ("coverage90", found.covered), ("interval_width", found.interval_width), ("crps", found.crps)
+            ("coverage90", found.covered), ("interval_width", found.interval_width), ("crps", found.crps),
+            ("coverage90_raw", found.raw_covered), ("width90_raw", found.raw_width),
         ):  # fmt: skip
             self.values[f"{name}/{label}"].append(float(value))
 
