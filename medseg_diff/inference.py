@@ -15,12 +15,13 @@ from medseg_diff.datasets.pipeline import outside
 from medseg_diff.datasets.slices import cut, with_neighbours
 from medseg_diff.denoising import draw, estimate
 from medseg_diff.device import autocast
+from medseg_diff.diffusion.fields import SPACINGS, cells, smooth
 from medseg_diff.diffusion.masks import from_analog, input_scale, one_hot, pool, to_analog, to_labels
 from medseg_diff.diffusion.process import input_scale_wiener
 from medseg_diff.ensemble import Tally, staple
 from medseg_diff.errors import UserError
 from medseg_diff.networks.blocks import Condition, nearest
-from medseg_diff.networks.conditional import STRIDE, Features
+from medseg_diff.networks.conditional import SHARED, STRIDE, Features
 from medseg_diff.windows import Window, importance, pad_to_stride, windows
 
 VOXELS_AT_ONCE = 2_000_000
@@ -31,6 +32,9 @@ Watch = Callable[[Tensor, Tensor], None]
 
 NOISE_KEPT = 2**27
 """Numbers of the noise that are kept for the windows to come, 512 MB; what goes beyond is drawn again for each."""
+
+REPEAT = 64
+"""Cells after which the noise of a drawn mask repeats: 256 voxels for the roughest field."""
 
 
 @dataclass(frozen=True)
@@ -108,26 +112,45 @@ def predict(
 
 
 class Noise:
-    """Standard normal maps on a volume's grid, `stride` times coarser, one a (sample, call).
+    """Standard normal numbers of a volume, one set a (sample, call): slices and windows share them.
 
-    Slices and windows share them.
+    Maps are on the volume's grid, `stride` times coarser; fields, on half of it, and vectors are for `conditional`.
+    Drawn on the CPU, so that every device sees the same.
     """
 
     def __init__(self, seed: int, classes: int, padded: tuple[int, ...], stride: int) -> None:
-        self.seed, self.classes, self.stride = seed, classes, stride
-        self.coarse = tuple(length // stride for length in padded)
-        self.kept: dict[tuple[int, int], Tensor] = {}
+        self.seed, self.classes, self.padded, self.stride = seed, classes, padded, stride
+        self.kept: dict[tuple[int, ...], Tensor] = {}
 
-    def __call__(self, sample_index: int, call: int, window: Window) -> Float[Tensor, "classes *coarse"]:
-        """The window's part. Drawn on the CPU, so that every device sees the same."""
-        whole = self.kept.get((sample_index, call))
-        if whole is None:
-            generator = torch.Generator().manual_seed(_mix(self.seed, sample_index, call))
-            whole = torch.randn(self.classes, *self.coarse, generator=generator)
-            if (len(self.kept) + 1) * whole.numel() <= NOISE_KEPT:
-                self.kept[sample_index, call] = whole
+    def map(self, sample_index: int, call: int, window: Window) -> Float[Tensor, "classes *coarse"]:
+        """The window's part."""
+        whole = self._draw((0, sample_index, call), (self.classes, *(length // self.stride for length in self.padded)))
         inside = zip(window.start, window.size, strict=True)
         return whole[(slice(None), *(slice(a // self.stride, (a + s) // self.stride) for a, s in inside))]
+
+    def vector(self, sample_index: int, call: int) -> Float[Tensor, "classes numbers"]:
+        """What all of the volume shares."""
+        return self._draw((1, sample_index, call), (self.classes, SHARED))
+
+    def fields(self, sample_index: int, call: int, window: Window) -> Float[Tensor, "classes scales *half"]:
+        """The window's part. White noise beneath a field repeats after REPEAT cells: whole CTs would fill the memory."""
+        found = []
+        for scale, spacing in enumerate(SPACINGS):
+            reached = [cells(a, length, spacing) for a, length in zip(window.start, window.size, strict=True)]
+            lengths = [min(REPEAT, len(cells(0, length, spacing))) for length in self.padded]
+            white = self._draw((2 + scale, sample_index, call), (self.classes, *lengths))
+            for axis, (along, length) in enumerate(zip(reached, lengths, strict=True), start=1):
+                white = white.index_select(axis, torch.tensor([place % length for place in along]))
+            found.append(smooth(white, window.start, window.size, spacing))
+        return torch.stack(found, dim=1)
+
+    def _draw(self, key: tuple[int, int, int], shape: tuple[int, ...]) -> Tensor:
+        whole = self.kept.get(key)
+        if whole is None:
+            whole = torch.randn(shape, generator=torch.Generator().manual_seed(_mix(self.seed, *key)))
+            if sum(map(torch.numel, self.kept.values())) + whole.numel() <= NOISE_KEPT:
+                self.kept[key] = whole
+        return whole
 
 
 @torch.inference_mode()
@@ -178,7 +201,7 @@ def _sampled(
     drawn, total = [], torch.zeros((), device=model.device)
     for start in range(0, samples, together):
         group = range(start, min(start + together, samples))
-        soft = _drawing(model)(model, condition, noise, group, window, steps, _unwatched)
+        soft = _drawing(model)(model, condition, noise, group, window, steps, None)
         drawn.append(to_labels(soft.flatten(0, 1)).unflatten(0, soft.shape[:2]))
         if kind in MASK_DENOISERS:
             total = total + (_votes(drawn[-1], soft.shape[2]) if fuse == "vote" else soft).sum(0)
@@ -195,36 +218,38 @@ def _drawing(model: Model) -> Callable[..., Float[Tensor, "draws batch classes *
 
 
 def _draw_at_once(
-    model: Model, features: Features, noise: Noise, group: range, window: Window, steps: int, watch: Watch
+    model: Model, features: Features, noise: Noise, group: range, window: Window, steps: int, watch: Watch | None
 ) -> Float[Tensor, "draws batch classes *space"]:
-    """Soft masks of the samples in `group`: a call draws a mask, from the noise that its volume's slices share."""
+    """Logits of the samples in `group`: a call draws a mask, from the noise that its volume's slices share."""
     config = model.about.config
     scale, batch = config.diffusion.scale, len(features.mean_logits)
 
-    def maps(call: int) -> Tensor:
-        drawn = torch.stack([noise(index, call, window) for index in group]).to(model.device)
+    def of_batch(draw_one: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        drawn = torch.stack([draw_one(index, *arguments) for index in group]).to(model.device)
         return drawn[:, None].expand(-1, batch, *drawn.shape[1:])
 
-    soft = torch.empty(0)
-    call = 0
+    logits, call = torch.empty(0), 0
 
     def denoise(x_t: Tensor, alpha_bar: Tensor) -> Tensor:
-        nonlocal soft, call
-        z = x_t if alpha_bar == 0 else maps(2 * call)
-        call += 1
+        nonlocal logits, call
         level = alpha_bar.to(x_t).expand(batch)
+        state = input_scale_wiener(level[0], scale) * (x_t[:1] if alpha_bar == 0 else x_t)  # pure noise says nothing
+        shared, fields = of_batch(noise.vector, call), of_batch(noise.fields, call, window)
+        call += 1
         with autocast(model.device, config.train.precision):
-            logits = model.network.denoiser(features, input_scale_wiener(level[0], scale) * x_t, level, z)
-        soft = logits.softmax(2)
-        watch(x_t, soft)
-        return to_analog(pool(soft.flatten(0, 1), STRIDE), scale).unflatten(0, (-1, batch))
+            logits = model.network.denoiser(features, state, level, shared, fields)
+        if watch is not None:
+            watch(x_t, logits.softmax(2))
+        if call == steps:
+            return x_t  # nobody reads on: the logits are the answer
+        return to_analog(pool(logits.softmax(2).flatten(0, 1), STRIDE), scale).unflatten(0, (-1, batch))
 
-    draw(config, denoise, maps(0), steps, lambda step: maps(2 * step + 1))
-    return soft
+    draw(config, denoise, of_batch(noise.map, 0, window), steps, lambda step: of_batch(noise.map, step + 1, window))
+    return logits
 
 
 def _draw_by_denoising(
-    model: Model, condition: Condition, noise: Noise, group: range, window: Window, steps: int, watch: Watch
+    model: Model, condition: Condition, noise: Noise, group: range, window: Window, steps: int, watch: Watch | None
 ) -> Float[Tensor, "draws batch classes *space"]:
     """Soft masks of the samples in `group`: step by step from noise at full resolution, shared by a volume's slices."""
     config = model.about.config
@@ -232,7 +257,7 @@ def _draw_by_denoising(
     repeated = Condition(tuple(m.repeat(len(group), *(1,) * (m.ndim - 1)) for m in condition.maps), None)
 
     def maps(call: int) -> Tensor:
-        drawn = torch.stack([noise(index, call, window) for index in group]).to(model.device)
+        drawn = torch.stack([noise.map(index, call, window) for index in group]).to(model.device)
         return drawn.repeat_interleave(batch, 0)
 
     def denoise(x_t: Tensor, alpha_bar: Tensor) -> Any:
@@ -240,10 +265,11 @@ def _draw_by_denoising(
             return model.network.denoise(repeated, input_scale(alpha_bar, scale) * x, level)
 
         x_0 = estimate(model, call, x_t, alpha_bar)
-        watch(*(x.unflatten(0, (-1, batch)) for x in (x_t, _soft(x_0, scale))))
+        if watch is not None:
+            watch(*(x.unflatten(0, (-1, batch)) for x in (x_t, _soft(x_0, scale))))
         return x_0
 
-    x_0 = draw(config, denoise, maps(0), steps, lambda step: maps(2 * step + 1))
+    x_0 = draw(config, denoise, maps(0), steps, lambda step: maps(step + 1))
     if not torch.isfinite(x_0).all():
         raise UserError(model.path, "the masks it draws are not finite", "Train it again, at a lower train.lr.")
     return _soft(x_0, scale).unflatten(0, (-1, batch))
@@ -254,10 +280,6 @@ def _soft(x_0: Float[Tensor, "batch classes *space"], scale: float) -> Float[Ten
     p = from_analog(x_0, scale)
     p[:, 0] += 1e-6
     return p / p.sum(1, keepdim=True)
-
-
-def _unwatched(x_t: Tensor, soft: Tensor) -> None:
-    """Nobody looks."""
 
 
 def _mix(*numbers: int) -> int:

@@ -1,26 +1,23 @@
-"""Encode once, denoise lightly: an image encoder that never sees the noise, and a small denoiser that draws masks."""
+"""Encode once, draw lightly: an image encoder that never sees the noise, and a small denoiser that draws masks."""
 
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
-from medseg_diff.networks.blocks import (
-    LevelEmbedding,
-    ResidualBlock,
-    UNet,
-    convolution,
-    nearest,
-    start_at_zero,
-    upsample,
-)
+from medseg_diff.diffusion.fields import SPACINGS, double, gumbel
+from medseg_diff.networks.blocks import LevelEmbedding, ResidualBlock, UNet, convolution, nearest, start_at_zero
 
 STRIDE = 4
-"""The noisy mask and the noise live on a grid this many times coarser than the image's."""
+"""The noisy mask lives on a grid this many times coarser than the image's."""
 
-READOUT = (8, 16, 32, 32)
-"""Channels of the image's features at strides 1, 2, 4 and 8, as the denoiser sees them."""
+SHARED = 8
+"""Random numbers of a class that all of a scan shares."""
+
+READOUT = (16, 32, 32)
+"""Channels of the image's features at strides 2, 4 and 8, as the denoiser sees them."""
 
 
 @dataclass(frozen=True)
@@ -32,56 +29,72 @@ class Features:
 
 
 class Denoiser(nn.Module):
-    """Draws clean masks from a noisy low-resolution one. No convolution runs at full resolution."""
+    """Draws clean masks from a noisy low-resolution one.
+
+    The random choice is made by the Gumbel-max trick: where every G_k is a Gumbel number of its own, the k with the
+    largest log p_k + G_k is a draw from p (Gumbel 1954; Maddison et al. 2014). Here p is the mean head's, and G_k a
+    field: Gaussian fields of several scales, and numbers that all of the scan shares, mixed at every voxel with weights
+    of unit norm. So each voxel alone is drawn with the mean head's probabilities, whatever the weights, and what they
+    learn is which voxels are drawn together. They are computed once for all draws; a draw costs a weighted sum.
+
+    A noisy mask, where there is one, changes the weights and shifts the probabilities.
+    """
 
     def __init__(self, dims: int, classes: int, widths: tuple[int, ...], embedding: int = 64) -> None:
         super().__init__()
-        fine, half, quarter, eighth = READOUT
+        half, quarter, eighth = READOUT
+        self.dims = dims
         self.project = nn.ModuleList(
-            convolution(dims, width + (classes if level == 0 else 0), out, kernel=1)
-            for level, (width, out) in enumerate(zip(widths, READOUT, strict=False))
+            convolution(dims, width, out, kernel=1) for width, out in zip(widths[1:], READOUT, strict=False)
         )
         self.embed = LevelEmbedding(embedding)
-        self.state, self.noise = (
-            nn.Sequential(convolution(dims, classes, quarter), nn.SiLU(), convolution(dims, quarter, quarter))
-            for _ in range(2)
+        self.state = nn.Sequential(
+            convolution(dims, classes, quarter), nn.SiLU(), convolution(dims, quarter, quarter)
         )
         self.down = convolution(dims, quarter, eighth, stride=2)
-        self.blocks = nn.ModuleList(ResidualBlock(dims, w, w, embedding) for w in (half, quarter, eighth))
+        self.blocks = nn.ModuleList(ResidualBlock(dims, w, w, embedding) for w in READOUT)
         self.up = nn.ModuleList(convolution(dims, a, b, kernel=1) for a, b in ((quarter, half), (eighth, quarter)))
-        self.head = convolution(dims, half, classes, kernel=1)
-        self.readout = nn.Linear(embedding, classes * fine)
-        start_at_zero(self.head)
-        start_at_zero(self.readout)
+        self.weights = convolution(dims, half, classes * (SHARED + len(SPACINGS)), kernel=1)
+        self.shift = convolution(dims, half, classes, kernel=1)
+        self.sharpness = nn.Parameter(torch.tensor(2.0))
+        start_at_zero(self.shift)
 
-    def features(self, mean_logits: Tensor, decoded: list[Tensor]) -> tuple[Tensor, ...]:
-        """The projected pyramid. It sees the mean head's answer, and doesn't teach the head."""
-        maps = [torch.cat([decoded[0], mean_logits.detach().softmax(1)], dim=1), *decoded[1 : len(READOUT)]]
-        return tuple(layer(m) for layer, m in zip(self.project, maps, strict=True))
+    def features(self, decoded: list[Tensor]) -> tuple[Tensor, ...]:
+        """The projected pyramid."""
+        return tuple(layer(m) for layer, m in zip(self.project, decoded[1:], strict=False))
 
     def forward(
         self,
         features: Features,
-        x_t: Float[Tensor, "draws batch classes *coarse"],
+        x_t: Float[Tensor, "states batch classes *coarse"],
         alpha_bar: Float[Tensor, "batch"],
-        noise: Float[Tensor, "draws batch classes *coarse"],
+        shared: Float[Tensor, "draws batch classes numbers"],
+        fields: Float[Tensor, "draws batch classes scales *half"],
     ) -> Float[Tensor, "draws batch classes *space"]:
-        """Logits of every draw. x_t comes scaled, so that it is 0 at pure noise, where `noise` is x_T itself.
+        """Logits of every draw. There is a noisy mask for each, or one for all; it comes scaled, 0 at pure noise.
 
-        The mean head's logits are the base, and are not taught here: cross-entropy alone keeps them calibrated.
+        The mean head's logits are not taught here: cross-entropy alone keeps them calibrated.
         """
-        draws = len(noise)
-        fine, half, quarter, eighth = features.pyramid
-        embedding = self.embed(alpha_bar)
-        flat_embedding = embedding.repeat(draws, 1)
-        coarse = self.state(x_t.flatten(0, 1)) + self.noise(noise.flatten(0, 1))
-        h = self.blocks[2](self.down(coarse) + _repeat(eighth, draws), flat_embedding)
-        h = self.blocks[1](nearest(self.up[1](h)) + coarse + _repeat(quarter, draws), flat_embedding)
-        h = self.blocks[0](nearest(self.up[0](h)) + _repeat(half, draws), flat_embedding)
-        weights = self.readout(embedding).unflatten(1, (-1, fine.shape[1])).to(fine.dtype)
-        base = features.mean_logits.detach() + torch.einsum("bkc,bc...->bk...", weights, fine)
-        logits = upsample(self.head(h).float())
-        return base.float() + logits.unflatten(0, (draws, -1))
+        states, batch = x_t.shape[:2]
+        half, quarter, eighth = (_repeat(m, states) for m in features.pyramid)
+        embedding = self.embed(alpha_bar).repeat(states, 1)
+        h4 = self.state(x_t.flatten(0, 1)) + quarter
+        h8 = self.blocks[2](self.down(h4) + eighth, embedding)
+        h4 = self.blocks[1](nearest(self.up[1](h8)) + h4, embedding)
+        h = self.blocks[0](nearest(self.up[0](h4)) + half, embedding)
+
+        weights = self.weights(h).float().unflatten(1, (fields.shape[2], -1)).unflatten(0, (states, 1, batch))
+        weights = functional.normalize(weights, dim=4)
+        of_scan, of_place = weights.split((SHARED, len(SPACINGS)), dim=4)
+        shared, fields = (noise.unflatten(0, (states, -1)) for noise in (shared, fields))
+        mixed = torch.einsum("sobcn...,sdbcn->sdbc...", of_scan, shared)
+        for scale in range(len(SPACINGS)):
+            mixed = mixed + of_place[:, :, :, :, scale] * fields[:, :, :, :, scale]
+        signal = alpha_bar.sqrt().reshape(-1, *(1,) * (self.dims + 1))
+        sharpness = functional.softplus(self.sharpness)
+        shift = signal * self.shift(h).float().unflatten(0, (states, 1, batch))
+        detail = double((sharpness * (gumbel(mixed) + shift)).flatten(0, 1), self.dims)
+        return sharpness * features.mean_logits.detach() + detail
 
 
 class ConditionalNet(nn.Module):
@@ -101,18 +114,19 @@ class ConditionalNet(nn.Module):
         """Runs once an image."""
         decoded = self.encoder(image)
         mean_logits = self.mean_head(decoded[0])
-        return Features(mean_logits.float(), self.denoiser.features(mean_logits, decoded))
+        return Features(mean_logits.float(), self.denoiser.features(decoded))
 
     def forward(
         self,
         image: Float[Tensor, "batch channels *space"],
-        x_t: Float[Tensor, "draws batch classes *coarse"],
+        x_t: Float[Tensor, "states batch classes *coarse"],
         alpha_bar: Float[Tensor, "batch"],
-        noise: Float[Tensor, "draws batch classes *coarse"],
+        shared: Float[Tensor, "draws batch classes numbers"],
+        fields: Float[Tensor, "draws batch classes scales *half"],
     ) -> tuple[Float[Tensor, "batch classes *space"], Float[Tensor, "draws batch classes *space"]]:
         """Logits of the mean head, and of every draw."""
         features = self.encode(image)
-        return features.mean_logits, self.denoiser(features, x_t, alpha_bar, noise)
+        return features.mean_logits, self.denoiser(features, x_t, alpha_bar, shared, fields)
 
 
 class SegmentationUNet(nn.Module):

@@ -13,21 +13,24 @@ from medseg_diff.datasets.augment import augment, margin_of
 from medseg_diff.datasets.cache import Volume
 from medseg_diff.datasets.pipeline import outside
 from medseg_diff.datasets.slices import draw_batch
-from medseg_diff.networks.conditional import STRIDE
+from medseg_diff.diffusion.fields import SPACINGS, cells, smooth
+from medseg_diff.networks.conditional import SHARED, STRIDE
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Crops on the device, a random time for each, and noise: of x_t first, then of the draws where there are any."""
+    """Crops on the device, a random time for each, the noise of x_t; and of the draws, where there are any."""
 
     image: Float[Tensor, "batch channels *space"]
     labels: Int64[Tensor, "batch *space"]
     t: Float64[Tensor, "batch"]
-    noise: Float[Tensor, "batch layers maps *grid"]
+    noise: Float[Tensor, "batch maps *grid"]
+    shared: Float[Tensor, "batch draws classes numbers"]
+    fields: Float[Tensor, "batch draws classes scales *half"]
 
     def parts(self, count: int) -> Iterator["Batch"]:
         """Equal parts of the batch, one after the other."""
-        tensors = self.image, self.labels, self.t, self.noise
+        tensors = self.image, self.labels, self.t, self.noise, self.shared, self.fields
         return (Batch(*part) for part in zip(*(x.chunk(count) for x in tensors), strict=True))
 
 
@@ -58,8 +61,11 @@ def draw_step(
     if augmented:
         image, labels = augment(image, labels, data.size, _spacing(config), generator, outside(data.modality))
     t = draw_times(len(image), diffusion.train_steps, diffusion.pure_noise, generator)
+    count = len(image)
     shape = _noise_shape(config, image.shape[1], classes)
-    return Batch(image, labels, t, torch.randn((len(image), *shape), generator=generator, device=device))
+    noise = torch.randn((count, *shape), generator=generator, device=device)
+    draws = diffusion.draws if config.network.kind == "conditional" else 0
+    return Batch(image, labels, t, noise, *_draw_noise((count, draws, classes), data.size, generator))
 
 
 def draw_times(count: int, train_steps: int, pure_noise: float, generator: torch.Generator) -> Float[Tensor, "count"]:
@@ -71,16 +77,28 @@ def draw_times(count: int, train_steps: int, pure_noise: float, generator: torch
 
 
 def _noise_shape(config: Config, channels: int, classes: int) -> tuple[int, ...]:
-    """Layers, maps and grid of the noise of one crop."""
+    """Maps and grid of the noise of one crop's x_t."""
     size = config.data.size
     match config.network.kind:
         case "unet":
-            return 0, 0, *size
+            return 0, *size
         case "conditional":
-            return 1 + config.diffusion.draws, classes, *(length // STRIDE for length in size)
+            return classes, *(length // STRIDE for length in size)
     if config.task == "generate":
-        return 1, channels + (classes if config.data.pairs else 0), *size
-    return 1, classes, *size
+        return channels + (classes if config.data.pairs else 0), *size
+    return classes, *size
+
+
+def _draw_noise(count: tuple[int, ...], size: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Numbers that a crop shares, [*count, SHARED], and fields, [*count, scales, *half]."""
+    device, start = generator.device, (0,) * len(size)
+    shared = torch.randn((*count, SHARED), generator=generator, device=device)
+    fields = []
+    for spacing in SPACINGS:
+        places = (len(cells(0, length, spacing)) for length in size)
+        white = torch.randn((*count, *places), generator=generator, device=device)
+        fields.append(smooth(white, start, size, spacing))
+    return shared, torch.stack(fields, dim=3)
 
 
 def _spacing(config: Config) -> tuple[float, ...]:

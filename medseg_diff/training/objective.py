@@ -25,14 +25,15 @@ class EnergyScore(nn.Module):
     """Multi-scale energy score of drawn masks: a proper score of their distribution (Gneiting & Raftery 2007, eq. 21).
 
     E |P - y| - E |P - P'| / 2, without bias (i != j), averaged over the mask itself, its blocks of 4 and of 16 voxels
-    and its total volumes. Each is divided by its running mean distance, since the finest would drown the others.
+    and its total volumes, of every class alone and of all together. Each is divided by its running mean distance, since
+    the finest and the largest would drown the others.
     """
 
-    def __init__(self, decay: float = 0.99) -> None:
+    def __init__(self, classes: int, decay: float = 0.99) -> None:
         super().__init__()
         self.decay = decay
         self.typical: Tensor
-        self.register_buffer("typical", torch.zeros(4))
+        self.register_buffer("typical", torch.zeros(4, classes + 1))
 
     def forward(
         self, drawn: Float[Tensor, "draws batch classes *space"], truth: Float[Tensor, "batch classes *space"]
@@ -40,14 +41,15 @@ class EnergyScore(nn.Module):
         """Probabilities drawn (2 or more), against the one-hot truth."""
         scores = []
         for scale, (d, y) in enumerate(zip(_scales(drawn), _scales(truth[None]), strict=True)):
-            error = _distance(d, y).mean()
-            spread = torch.stack([_distance(a, b) for a, b in combinations(d.split(1), 2)]).mean()
+            error = _distances(d, y).mean((0, 1))
+            spread = torch.stack([_distances(a, b) for a, b in combinations(d.split(1), 2)]).mean((0, 1, 2))
             if self.training:
                 found = error.detach()
                 old = self.typical[scale]
                 self.typical[scale] = torch.where(old > 0, self.decay * old + (1 - self.decay) * found, found)
             scores.append((error - spread / 2) / self.typical[scale].clamp_min(1e-6))
-        return torch.stack(scores).mean()
+        *alone, together = torch.stack(scores).mean(0)
+        return (torch.stack(alone).mean() + together) / 2
 
 
 def conditional_loss(
@@ -55,25 +57,42 @@ def conditional_loss(
     image: Image,
     labels: Labels,
     alpha_bar: Level,
-    noise: Float[Tensor, "batch layers classes *coarse"],
+    noise: Float[Tensor, "batch classes *coarse"],
+    shared: Float[Tensor, "batch draws classes numbers"],
+    fields: Float[Tensor, "batch draws classes scales *half"],
     *,
     classes: int,
     scale: float,
     mean_weight: float,
     score: EnergyScore,
+    class_weight: Float[Tensor, "{classes}"],
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the mean head, energy score of the draws. All draws of an image share one noisy mask x_t.
-
-    The first layer of the noise makes x_t, the others the draws.
-    """
+    """Cross-entropy of the mean head, energy score of the draws. All draws of an image share one noisy mask x_t."""
     truth = one_hot(labels, classes)
     x_0 = to_analog(pool(truth, STRIDE), scale)
-    of_state, *of_draws = noise.unbind(1)
-    x_t = add_noise(x_0, of_state, alpha_bar)
-    states = (_along(input_scale_wiener(alpha_bar, scale), x_t) * x_t).expand(len(of_draws), *x_t.shape)
-    mean_logits, drawn_logits = network(image, states, alpha_bar.to(image), torch.stack(of_draws))
-    cross_entropy = functional.cross_entropy(mean_logits.float(), labels)
+    x_t = add_noise(x_0, noise, alpha_bar)
+    state = (_along(input_scale_wiener(alpha_bar, scale), x_t) * x_t)[None]
+    mean_logits, drawn_logits = network(image, state, alpha_bar.to(image), shared.movedim(1, 0), fields.movedim(1, 0))
+    cross_entropy = weighted_cross_entropy(mean_logits.float(), labels, class_weight)
     return mean_weight * cross_entropy + score(drawn_logits.float().softmax(2), truth)
+
+
+def weighted_cross_entropy(
+    logits: Float[Tensor, "batch classes *space"], labels: Labels, class_weight: Float[Tensor, "classes"]
+) -> Float[Tensor, ""]:
+    """A proper score that hears rare classes: mean of -w_y ln q_y, where q is proportional to w p.
+
+    Weighted cross-entropy alone is least at q proportional to w p for the true p, and that is what the network's
+    probabilities p are turned into before it is taken: so the network is not pushed away from p.
+    """
+    shifted = logits + class_weight.log().reshape(-1, *(1,) * (logits.ndim - 2))
+    return (functional.cross_entropy(shifted, labels, reduction="none") * class_weight[labels]).mean()
+
+
+def class_weights(frequency: Float[Tensor, "classes"]) -> Float[Tensor, "classes"]:
+    """One over the root of a class's share of the voxels, scaled to 1 in the mean over voxels."""
+    weight = frequency.clamp_min(1e-6).rsqrt()
+    return weight / (weight * frequency).sum()
 
 
 def unet_loss(network: nn.Module, image: Image, labels: Labels, *, classes: int) -> Float[Tensor, ""]:
@@ -160,12 +179,18 @@ def _along(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(x).reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def _scales(mask: Float[Tensor, "draws batch classes *space"]) -> Iterator[Float[Tensor, "draws batch features"]]:
-    yield mask.flatten(2)
+def _scales(
+    mask: Float[Tensor, "draws batch classes *space"],
+) -> Iterator[Float[Tensor, "draws batch classes features"]]:
+    yield mask.flatten(3)
     for block in (4, 16):
-        yield pool(mask.flatten(0, 1), block).unflatten(0, mask.shape[:2]).flatten(2)
-    yield mask.flatten(3).mean(-1)
+        yield pool(mask.flatten(0, 1), block).unflatten(0, mask.shape[:2]).flatten(3)
+    yield mask.flatten(3).mean(-1, keepdim=True)
 
 
-def _distance(a: Float[Tensor, "draws batch features"], b: Float[Tensor, "#draws batch features"]) -> Tensor:
-    return torch.linalg.vector_norm(a - b, dim=-1)
+def _distances(
+    a: Float[Tensor, "draws batch classes features"], b: Float[Tensor, "#draws batch classes features"]
+) -> Float[Tensor, "draws batch distances"]:
+    """Of every class alone, and of all together."""
+    squared = (a - b).square().sum(-1)
+    return torch.cat([squared, squared.sum(-1, keepdim=True)], dim=-1).clamp_min(1e-12).sqrt()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medseg_diff.checkpoint import build, load_state, save_state
 from medseg_diff.config import Config
@@ -26,6 +26,7 @@ class State:
     average: nn.Module
     optimizer: torch.optim.Optimizer
     score: EnergyScore
+    class_weight: Tensor
     step: int = 0
     elapsed_s: float = 0.0
     validated: int = 0
@@ -62,4 +63,4 @@ def begin(config: Config, channels: int, classes: int, device: torch.device) -> 
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=config.train.lr, betas=(0.9, 0.99), weight_decay=decay, fused=True
     )
-    return State(network, average, optimizer, EnergyScore().to(device))
+    return State(network, average, optimizer, EnergyScore(classes).to(device), torch.ones(classes, device=device))

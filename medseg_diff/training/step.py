@@ -34,7 +34,7 @@ def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: 
     loss = torch.zeros((), device=device)
     teach_condition = state.step % config.train.condition_every == 0
     for part in batch.parts(passes):
-        share = loss_of(state.network, state.score, config, part, classes, teach_condition) / passes
+        share = loss_of(state.network, state.score, config, part, state.class_weight, teach_condition) / passes
         share.backward()
         loss += share.detach()
     norm = nn.utils.clip_grad_norm_(state.network.parameters(), config.train.clip)
@@ -52,10 +52,15 @@ def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: 
 
 
 def loss_of(
-    network: nn.Module, score: EnergyScore, config: Config, batch: Batch, classes: int, teach_condition: bool
+    network: nn.Module,
+    score: EnergyScore,
+    config: Config,
+    batch: Batch,
+    class_weight: Float[Tensor, "classes"],
+    teach_condition: bool,
 ) -> Float[Tensor, ""]:
     """The loss of one forward pass; the network is called, wrapped or not."""
-    diffusion, device = config.diffusion, batch.image.device
+    diffusion, device, classes = config.diffusion, batch.image.device, len(class_weight)
     with autocast(device, _precision(config, device)):
         match config.network.kind:
             case "conditional":
@@ -65,10 +70,13 @@ def loss_of(
                     batch.labels,
                     _level(diffusion, batch.t),
                     batch.noise,
+                    batch.shared,
+                    batch.fields,
                     classes=classes,
                     scale=diffusion.scale,
                     mean_weight=config.train.mean_weight,
                     score=score,
+                    class_weight=class_weight,
                 )
             case "unet":
                 return unet_loss(network, batch.image, batch.labels, classes=classes)
@@ -79,7 +87,7 @@ def loss_of(
             batch.image,
             batch.labels,
             _level(diffusion, batch.t),
-            batch.noise[:, 0],
+            batch.noise,
             classes=classes,
             scale=diffusion.scale,
             prediction=diffusion.prediction,
@@ -98,7 +106,9 @@ def held_out_loss(
         if config.network.kind in ("conditional", "unet"):
             with autocast(device, _precision(config, device)):
                 return cross_entropy(network.encode(batch.image).mean_logits, batch.labels)
-        return loss_of(network, EnergyScore(), config, batch, classes, teach_condition=False)
+        return loss_of(
+            network, EnergyScore(classes), config, batch, torch.ones(classes, device=device), teach_condition=False
+        )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, warmup: float, spent: float) -> None:
@@ -118,7 +128,7 @@ def _generation_loss(network: nn.Module, config: Config, batch: Batch, classes: 
         network,
         x_0,
         _level(diffusion, batch.t),
-        batch.noise[:, 0],
+        batch.noise,
         prediction=diffusion.prediction,
         weighting=diffusion.weighting,
         cleaner=_level(diffusion, nearer.clamp_min(0)) if diffusion.variance == "learned" else None,
