@@ -49,6 +49,7 @@ def begin(task: dict[str, Any]) -> Any:
     trainer = nnUNetTrainer(plans, task["configuration"], 0, json.loads((folder / "dataset.json").read_text()), CPU)
     trainer.do_split = lambda: (task["train"], task["predict"])
     trainer.initialize()
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()  # else prediction would not mirror
     return trainer
 
 
