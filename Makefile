@@ -10,7 +10,7 @@ help: ## what can be made
 
 setup: $(STAMP) ## build .venv with the versions in constraints.txt; free when nothing changed
 
-demo: setup ## train, segment, evaluate and generate on a phantom, in minutes on a CPU
+demo: setup ## segment a real scan; then train, segment, evaluate and generate on a phantom, in minutes on a CPU
 	$(BIN)/medseg-diff demo
 
 test: lint ## lint, then every test

@@ -65,7 +65,8 @@ def segment_scan(
 ) -> Segmentation:
     """The most probable label of every voxel, and 1 - its probability as the uncertainty.
 
-    A model that was calibrated gives its probabilities at its temperature, and stretched intervals.
+    A model that was calibrated gives its probabilities at its temperature, and stretched intervals. On the network's
+    grid no mask changes by it; where a scan lies on another, interpolation moves a border voxel here and there.
     `keep` is a folder for the sampled masks; without it they are counted and forgotten. `progress` as of `predict`.
     """
     prepared = prepare(scan, preprocessing(model.about.config.data))

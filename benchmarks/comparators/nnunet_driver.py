@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ def main() -> None:
     if "measure" in task:
         (out / "speed.json").write_text(json.dumps(speed(task)))
         return
-    trainer = begin(task["configuration"], task["train"], task["predict"])
+    trainer = begin(task)
     weights = out / "network.pt"
     if weights.exists():
         trainer.network.load_state_dict(torch.load(weights, weights_only=True))
@@ -39,14 +38,18 @@ def main() -> None:
     predict(trainer, task["predict"], out)
 
 
-def begin(configuration: str, training: list[str], validation: list[str]) -> Any:
-    """nnU-Net's trainer with our split."""
+def begin(task: dict[str, Any]) -> Any:
+    """nnU-Net's trainer with our split; with another patch and batch than planned where they are given."""
     folder = Path(nnUNet_preprocessed) / DATASET
     plans = json.loads((folder / "nnUNetPlans.json").read_text())
     plans["continue_training"] = False
-    trainer = nnUNetTrainer(plans, configuration, 0, json.loads((folder / "dataset.json").read_text()), CPU)
-    trainer.do_split = lambda: (training, validation)
+    planned = plans["configurations"][task["configuration"]]
+    planned["patch_size"] = task.get("patch", planned["patch_size"])
+    planned["batch_size"] = task.get("batch", planned["batch_size"])
+    trainer = nnUNetTrainer(plans, task["configuration"], 0, json.loads((folder / "dataset.json").read_text()), CPU)
+    trainer.do_split = lambda: (task["train"], task["predict"])
     trainer.initialize()
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()  # else prediction would not mirror
     return trainer
 
 
@@ -88,19 +91,18 @@ def predict(trainer: Any, names: list[str], out: Path) -> None:
     (out / "prediction.json").write_text(json.dumps(seconds))
 
 
-def speed(task: dict[str, Any]) -> dict[str, Any]:
-    """CPU seconds a training step, with its loading, after a first one; patch and batch; seconds a volume."""
-    trainer = begin(task["configuration"], task["train"], task["predict"])
-    trainer.on_train_start()
-    trainer.network.train()
-    steps = []
-    for _ in range(task["measure"] + 1):
-        begun = time.process_time()
-        trainer.train_step(next(trainer.dataloader_train))
-        steps.append(time.process_time() - begun)
+def speed(task: dict[str, Any]) -> dict[str, list[float]]:
+    """CPU seconds of so many training steps, with their loading, after a first one; and of predictions."""
+    trainer, steps = begin(task), []
+    if task["measure"]:
+        trainer.on_train_start()
+        trainer.network.train()
+        for _ in range(task["measure"] + 1):
+            begun = time.process_time()
+            trainer.train_step(next(trainer.dataloader_train))
+            steps.append(time.process_time() - begun)
     predict(trainer, task["predict"], Path(task["out"]))
-    manager = trainer.configuration_manager
-    return {"step_s": median(steps[1:]), "patch": list(manager.patch_size), "batch": manager.batch_size}
+    return {"step_s": steps[1:]}
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def draw_preview(
     """Writes a PNG of up to three slices with contours, in radiological orientation, the uncertainty below each."""
     view = choose_view(label_map, uncertainty, affine)
     shown = [view.cut(image, index) for index in view.slices]
-    low, high = _window(np.array(shown), np.array([view.cut(label_map, index) for index in view.slices]))
+    low, high = window(np.array(shown), np.array([view.cut(label_map, index) for index in view.slices]))
     width_mm, height_mm = shown[0].shape[1] * view.pixel_mm[0], shown[0].shape[0] * view.pixel_mm[1]
     columns, rows = len(shown), 1 if uncertainty is None else 2
     scale = min((WIDTH - SIDE - GAP * (columns + 1)) / columns / width_mm, PANEL_HEIGHT / height_mm)
@@ -87,13 +87,13 @@ def draw_preview(
         left, masks = GAP + column * (width + GAP), view.cut(label_map, index)
         write(left + width / 2, TOP - 16, f"{plane}, slice {index + 1} of {view.count}", FAINT, ha="center")
         axes = draw(left, TOP, shown[column], cmap="gray", vmin=low, vmax=high)
-        _contours(axes, masks, view.pixel_mm, colors, 2.0)
+        contours(axes, masks, view.pixel_mm, colors, 2.0)
         _marks(axes, marks)
         if column == 0:
             _scale_bar(axes, width_mm, height_mm)
         if uncertainty is not None:
             axes = draw(left, TOP + height + GAP, view.cut(uncertainty, index), cmap=HEAT.cmap, norm=HEAT.norm)
-            _contours(axes, masks, view.pixel_mm, dict.fromkeys(colors, INK), 0.8)
+            contours(axes, masks, view.pixel_mm, dict.fromkeys(colors, INK), 0.8)
     for line, (name, volume, color) in enumerate(_legend(label_map, affine, names, colors)):
         top = TOP + 14 + 26 * line
         write(side, top, "■", color, 18.0)
@@ -145,7 +145,7 @@ def _around(indices: np.ndarray, size: int) -> slice:
     return slice(max(int(indices[0]) - margin, 0), min(int(indices[-1]) + margin + 1, size))
 
 
-def _window(shown: np.ndarray, masks: np.ndarray) -> tuple[float, float]:
+def window(shown: np.ndarray, masks: np.ndarray) -> tuple[float, float]:
     """Black and white: what the slices span, but no wider than thrice the contrast within what was found."""
     low, high = np.percentile(shown, (1, 99.5))
     if masks.any():
@@ -155,9 +155,8 @@ def _window(shown: np.ndarray, masks: np.ndarray) -> tuple[float, float]:
     return float(low), float(max(high, np.nextafter(low, np.inf)))
 
 
-def _contours(
-    axes: Axes, masks: np.ndarray, pixel_mm: tuple[float, float], colors: dict[int, str], line: float
-) -> None:
+def contours(axes: Axes, masks: np.ndarray, pixel_mm: tuple[float, float], colors: dict[int, str], line: float) -> None:
+    """Draws the outline of every label onto a picture whose axes are in mm."""
     limits = axes.get_xlim(), axes.get_ylim()
     x, y = ((np.arange(-1, n + 1) + 0.5) * mm for n, mm in zip(masks.shape[::-1], pixel_mm, strict=True))
     for value, color in colors.items():
