@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from medseg_diff.checkpoint import Model
-from medseg_diff.config import MASK_DENOISERS, SAMPLING, Tracking, flatten, plain
+from medseg_diff.config import SAMPLING, Tracking, flatten, plain
 from medseg_diff.console import progress, say
 from medseg_diff.datasets.ambiguous import Truth, read_truth
 from medseg_diff.datasets.folders import label_names, matched
@@ -49,7 +49,7 @@ def evaluate_model(
     quantiles, agreement/LABEL, ged2/LABEL and so on. The sampled masks are compared on the network's grid.
     expected_dice_correlation and agreement_correlation are Spearman's with the true Dice over cases, mean over labels.
     A case whose truth is known is held against it, too (`exact_measures`). `preview` receives a picture of the first
-    case, `reliability` the diagram, `fitting` what is needed to calibrate a model that is not calibrated yet.
+    case, `reliability` the diagram, `fitting` what is needed to calibrate the intervals.
     """
     settings, names = model.about.config.segment, model.about.labels
     drawing = model.about.config.network.kind in SAMPLING
@@ -79,8 +79,6 @@ def evaluate_model(
                 _collect(collection, found, rated, moved, names, fitting)
                 if fitting is not None:
                     fitting.cases += 1
-                    if model.about.config.network.kind not in MASK_DENOISERS:
-                        fitting.add_mean(found.prediction.probabilities, moved)
                 if case.truth is not None:
                     _hold_against_truth(collection, read_truth(case.truth), found, scan, names, index)
             if preview is not None and index == 0:

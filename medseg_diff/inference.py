@@ -1,7 +1,7 @@
 """A network over a whole scan: window by window, slice by slice, the same noise everywhere for the same sample."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,8 @@ def predict(
 ) -> Prediction:
     """Mean probabilities and `samples` masks of a prepared scan; masks are written into `keep` where it is given.
 
-    The probabilities are the mean head's, or, of a network without one, what its samples say together.
+    The probabilities are the mean head's, or, of a network without one, what its samples say together. Where the model
+    was calibrated both are at its temperature. A network that draws nothing is asked for 0 samples; others may be.
     `progress` is told of every part that is done, and its share of the whole; the shares add up to 1.
     """
     config, classes = model.about.config, len(model.about.labels)
@@ -72,7 +73,7 @@ def predict(
     padded = pad_to_stride(space, config.network.widths)
     probabilities = torch.zeros(classes, *stack.shape[1:])
     weights = torch.zeros(space)
-    tally = Tally.empty(samples, classes) if kind in SAMPLING else None
+    tally = Tally.empty(samples, classes) if samples else None
     masks = np.empty((samples, *image.shape[1:]), np.uint8) if staple_wanted and keep is None else keep
     kept = masks if masks is None or axis is None else np.moveaxis(masks, axis + 1, 1)
     noise = Noise(seed, classes, padded, STRIDE if kind == "conditional" else 1)
@@ -88,7 +89,7 @@ def predict(
         for chosen in slabs:
             batch = part[None] if axis is None else with_neighbours(part, data.neighbours, chosen)
             with autocast(model.device, config.train.precision):
-                condition = model.network.encode(batch)
+                condition = at_temperature(model.network.encode(batch), model)
             if tally is None:
                 fused = condition.mean_logits.softmax(1)
             else:
@@ -109,6 +110,14 @@ def predict(
         assert masks is not None
         probabilities = torch.from_numpy(staple(masks, classes))
     return Prediction(probabilities, tally, keep)
+
+
+def at_temperature(condition: Any, model: Model) -> Any:
+    """Features with their mean logits divided by the calibrated temperature (Guo et al. 2017), so draws follow them."""
+    fitted = model.about.calibration
+    if fitted is None or fitted.temperature is None:
+        return condition
+    return replace(condition, mean_logits=condition.mean_logits / fitted.temperature)
 
 
 class Noise:
@@ -177,7 +186,8 @@ def trace(
         seen.append((noisy[0], drawn[0]) if axis is None else (noisy.movedim(0, axis + 1), drawn.movedim(0, axis + 1)))
 
     with autocast(model.device, config.train.precision):
-        condition = model.network.encode(cut(batch, window.start, size, outside(data.modality)))
+        encoded = model.network.encode(cut(batch, window.start, size, outside(data.modality)))
+        condition = at_temperature(encoded, model)
     _drawing(model)(model, condition, Noise(seed, classes, size, stride), range(1), window, steps, watch)
     return seen
 

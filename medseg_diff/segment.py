@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from medseg_diff.scans.read import Scan, read_scan
 from medseg_diff.scans.rtstruct import write_rtstruct
 from medseg_diff.scans.write import label_dtype, write_dicom_seg, write_nifti, write_seg_nrrd
 from medseg_diff.uncertainty.calibration import expected_dice
-from medseg_diff.uncertainty.temperature import tempered
 
 FILES = {
     "seg": "_seg.nii.gz", "prob": "_prob.nii.gz", "uncertainty": "_uncertainty.nii.gz", "samples": "_samples.nii.gz",
@@ -77,11 +76,8 @@ def segment_scan(
         prediction = _nothing(len(values), samples, grid, kept)
     else:
         prediction = predict(model, image, samples=samples, steps=steps, seed=seed, keep=kept, progress=progress)
-    fitted, factors = model.about.calibration, {}
-    if fitted is not None:
-        factors = fitted.factors(samples, steps)
-        if fitted.temperature is not None:
-            prediction = replace(prediction, probabilities=tempered(prediction.probabilities, fitted.temperature))
+    fitted = model.about.calibration
+    factors = {} if fitted is None else fitted.factors(samples, steps)
     best, label_map = np.full(scan.shape, -1, np.float32), np.zeros(scan.shape, label_dtype(values))
     expected = {}
     for value, frame in zip(values, probability_frames(prediction, affine, scan), strict=True):

@@ -11,10 +11,13 @@ import torch
 
 from medseg_diff.calibrated import Calibrated, IntervalFit, told
 from medseg_diff.checkpoint import Model, describe, explain, load_model, save_model
+from medseg_diff.datasets.cache import Volume, load_volumes
 from medseg_diff.datasets.layouts import Case
+from medseg_diff.datasets.pipeline import preprocessing
 from medseg_diff.evaluate import evaluate_model
 from medseg_diff.scans.read import read_scan
 from medseg_diff.segment import segment_files, segment_scan
+from medseg_diff.training.validation import at_own_temperature
 from medseg_diff.uncertainty.fitting import Fitting
 
 FITTED = Calibrated(
@@ -55,6 +58,25 @@ def cases(tmp_path) -> tuple[Case, ...]:
             save(path, values)
         found.append(Case(f"{index:02}", paths[0], tuple(paths[1:])))
     return tuple(found)
+
+
+def volumes_of(model: Model, cases: tuple[Case, ...]) -> list[Volume]:
+    data = model.about.config.data
+    values, folder = list(model.about.labels), cases[0].image.parent / "cache"
+    return load_volumes(cases, preprocessing(data), values=values, channels=1, folder=folder)
+
+
+def test_draws_follow_the_temperature(model, scan):
+    """As hot as it gets every class is drawn as often as any other, and at 0 nothing but the mask."""
+    shares = {}
+    for temperature in (1e-3, 1e3):
+        found = calibrated(model["volumes"], replace(FITTED, temperature=temperature))
+        drawn = segment_scan(found, read_scan(scan), samples=16, steps=1, seed=0).prediction
+        counts = drawn.tally.counts.mean(0) / drawn.tally.counts.sum(1).mean()
+        mask = torch.bincount(drawn.probabilities.argmax(0).flatten(), minlength=3) / 16**3
+        shares[temperature] = counts, mask
+    torch.testing.assert_close(*shares[1e-3], atol=0.02, rtol=0, check_dtype=False)
+    torch.testing.assert_close(shares[1e3][0], torch.full((3,), 1 / 3).double(), atol=0.1, rtol=0)
 
 
 def test_a_model_file_keeps_it(models, model, tmp_path):
@@ -99,7 +121,7 @@ def test_intervals_are_stretched_around_the_median(model, scan, tmp_path):
     [fitted], _ = segment_files([scan], calibrated(model["volumes"]), tmp_path / "fitted", items=["report"])
     assert (raw["interval_nominal"], raw["calibration"]) == (0.6, "not calibrated")
     assert (fitted["interval_nominal"], fitted["calibration"]["cases"]) == (0.9, 12)
-    found = segment_scan(model["volumes"], read_scan(scan), samples=4, steps=1, seed=0)
+    found = segment_scan(calibrated(model["volumes"]), read_scan(scan), samples=4, steps=1, seed=0)
     for index, (label, stretch) in enumerate(zip(fitted["labels"], (3.0, 0.5), strict=True), start=1):
         drawn = np.sort(found.prediction.tally.counts[:, index].numpy()) * VOXEL_ML
         middle = (drawn[1] + drawn[2]) / 2
@@ -113,17 +135,20 @@ def test_intervals_are_stretched_around_the_median(model, scan, tmp_path):
 
 def test_what_was_calibrated_for_other_samples_is_not_claimed(model, scan, tmp_path):
     [raw], _ = segment_files([scan], model["volumes"], tmp_path / "raw", samples=3, items=["report"])
-    [other], _ = segment_files([scan], calibrated(model["volumes"]), tmp_path / "o", samples=3, items=["report"])
+    same = calibrated(model["volumes"], replace(FITTED, temperature=1.0))
+    [other], _ = segment_files([scan], same, tmp_path / "o", samples=3, items=["report"])
     assert other["interval_nominal"] == raw["interval_nominal"] == 0.5
     assert [x["volume_ml_interval90"] for x in other["labels"]] == [x["volume_ml_interval90"] for x in raw["labels"]]
     assert other["calibration"]["intervals"] == "not calibrated"
-    assert other["calibration"]["temperature"] == 1.5, "the mean head knows of no samples"
+    assert other["calibration"]["temperature"] == 1.0, "the mean head knows of no samples"
 
 
 def test_a_fit_does_what_it_says(model, cases):
     """Evaluation of the calibrated model finds the NLL of the fit, and intervals that hold 12 of 12 and wide ones."""
+    raw = evaluate_model(model["volumes"], cases, seed=0)["mean"]
     fitting = Fitting()
-    raw = evaluate_model(model["volumes"], cases, seed=0, fitting=fitting)["mean"]
+    warm = at_own_temperature(model["volumes"], volumes_of(model["volumes"], cases), fitting)
+    tempered = evaluate_model(warm, cases, seed=0, fitting=fitting)["mean"]
     found = fitting.fit(4, 1, VOXEL_ML)
     assert (found.cases, found.samples, found.steps) == (12, 4, 1)
     after = evaluate_model(calibrated(model["volumes"], found), cases, seed=0)["mean"]
@@ -137,7 +162,7 @@ def test_a_fit_does_what_it_says(model, cases):
         assert after[f"interval_width/{name}"] > raw[f"interval_width/{name}"]
         assert found.intervals[value].coverage <= 1
         for measure in ("coverage90_raw", "width90_raw"):
-            assert after[f"{measure}/{name}"] == raw[f"{measure}/{name}"], "the samples are what they were"
+            assert after[f"{measure}/{name}"] == tempered[f"{measure}/{name}"], "the samples are what they were"
         assert raw[f"width90_raw/{name}"] < raw[f"interval_width/{name}"]
     assert after["dice"] == raw["dice"]
 
@@ -147,6 +172,7 @@ def test_few_cases_and_other_networks(model, cases):
     found = {}
     for name in ("volumes", "unet", "classic"):
         fitting = Fitting()
+        at_own_temperature(model[name], volumes_of(model[name], cases[:1]), fitting)
         evaluate_model(model[name], cases[:1], steps=2, seed=0, fitting=fitting)
         found[name] = fitting.fit(0 if name == "unet" else 4, 2, VOXEL_ML)
     assert [found[name].temperature is None for name in found] == [False, False, True]

@@ -1,6 +1,7 @@
 """Validation of a run: the model file just written, judged by the code that users run, and pictures of what it does."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,14 @@ from torch import Tensor
 
 from medseg_diff.calibrated import Calibrated
 from medseg_diff.checkpoint import Model, load_model
-from medseg_diff.config import SAMPLING
+from medseg_diff.config import MASK_DENOISERS, SAMPLING
 from medseg_diff.datasets.cache import Volume
 from medseg_diff.datasets.layouts import Case
 from medseg_diff.diffusion.masks import from_analog, one_hot
 from medseg_diff.evaluate import evaluate_model, logged
 from medseg_diff.figures import colours, draw_grid, draw_strip
 from medseg_diff.generate import generate_images
-from medseg_diff.inference import trace
+from medseg_diff.inference import predict, trace
 from medseg_diff.uncertainty.fitting import Fitting
 
 STRIP_STEPS = 4
@@ -38,12 +39,27 @@ def validate(
         draw_grid(images[:, 0], path.with_name("grid.png"), masks)
         return {}, None
     drawing, settings, fitting = config.network.kind in SAMPLING, config.segment, Fitting()
+    model = at_own_temperature(model, held_out, fitting)
     if drawing:
         draw_process(model, held_out[0], path.with_name("process.png"), seed)
     summary = evaluate_model(model, cases, seed=seed, preview=path.with_name("preview.png"), fitting=fitting)
     assert config.data.spacing_mm is not None
     voxel_ml = float(np.prod(config.data.spacing_mm)) / 1000
     return logged(summary), fitting.fit(settings.samples if drawing else 0, settings.steps, voxel_ml)
+
+
+def at_own_temperature(model: Model, held_out: Sequence[Volume], fitting: Fitting) -> Model:
+    """The model at the temperature that these volumes ask for, where it has a mean head; its draws follow it.
+
+    `fitting` remembers it; the intervals are calibrated after.
+    """
+    config = model.about.config
+    if config.network.kind in MASK_DENOISERS:
+        return model
+    for volume in held_out:
+        found = predict(model, volume.image, samples=0, steps=1, seed=0)
+        fitting.add_mean(found.probabilities, volume.labels.numpy())
+    return replace(model, about=replace(model.about, calibration=fitting.fit(0, config.segment.steps, 0.0)))
 
 
 def draw_process(model: Model, volume: Volume, path: Path, seed: int) -> None:

@@ -38,8 +38,8 @@ class Fitting:
         self.volumes[value].append(Volumes(drawn_ml, references_ml))
 
     def fit(self, samples: int, steps: int, voxel_ml: float) -> Calibrated | None:
-        """None without cases. `samples` and `steps` are how the volumes were drawn, on a grid of such voxels."""
-        if not self.cases:
+        """None of nothing. `samples` and `steps` are how the volumes were drawn, on a grid of such voxels."""
+        if not self.cases and not self.loss.voxels:
             return None
         temperature, before, after = self.loss.best() if self.loss.voxels else (None, None, None)
         intervals = {}
