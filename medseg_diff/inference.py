@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from medseg_diff.checkpoint import Model
-from medseg_diff.config import MASK_DENOISERS, SAMPLING
+from medseg_diff.config import MASK_DENOISERS
 from medseg_diff.datasets.pipeline import outside
 from medseg_diff.datasets.slices import cut, with_neighbours
 from medseg_diff.denoising import draw, estimate
@@ -142,7 +142,7 @@ class Noise:
         return self._draw((1, sample_index, call), (self.classes, SHARED))
 
     def fields(self, sample_index: int, call: int, window: Window) -> Float[Tensor, "classes scales *half"]:
-        """The window's part. White noise beneath a field repeats after REPEAT cells: whole CTs would fill the memory."""
+        """The window's part. The white noise beneath repeats after REPEAT cells: a whole CT's would fill the memory."""
         found = []
         for scale, spacing in enumerate(SPACINGS):
             reached = [cells(a, length, spacing) for a, length in zip(window.start, window.size, strict=True)]

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from medseg_diff.config import Config
 from medseg_diff.config_file import parse_config
 from medseg_diff.datasets.cache import Volume
+from medseg_diff.diffusion.fields import COARSE, SPACINGS
 from medseg_diff.diffusion.losses import variational_term
 from medseg_diff.diffusion.process import add_noise, target, x0_from
 from medseg_diff.diffusion.schedule import alpha_bar
+from medseg_diff.networks.conditional import SHARED
 from medseg_diff.training.batch import Batch, draw_step, draw_times
 from medseg_diff.training.objective import EnergyScore
 from medseg_diff.training.state import begin
@@ -59,28 +61,43 @@ def test_a_step_is_its_seeds_and_every_image_has_a_time_of_its_own(volumes):
     assert same(first, again)
     assert not torch.equal(first.image, other.image)
     assert len(first.t.unique()) == 8
-    assert first.noise.shape == (8, 1, 1, 16, 16)
+    assert first.noise.shape == (8, 1, 16, 16)
 
 
-def test_parts_are_the_batch(volumes):
-    batch = draw_step(settings(batch_size=2, accumulate=3), volumes, 3, (0, 0), CPU, False)
+@pytest.mark.parametrize(("kind", "task"), [("unconditional", "generate"), ("conditional", "segment")])
+def test_parts_are_the_batch(volumes, kind, task):
+    batch = draw_step(settings(kind, task, batch_size=2, accumulate=3), volumes, 3, (0, 0), CPU, False)
     parts = list(batch.parts(3))
     assert [len(part.image) for part in parts] == [2, 2, 2]
     assert same(Batch(*(torch.cat(x) for x in zip(*map(astuple, parts), strict=True))), batch)
 
 
 @pytest.mark.parametrize(
-    ("kind", "task", "data", "shape"),
+    ("kind", "task", "data", "shape", "draws"),
     [
-        ("unet", "segment", {}, (0, 0, 16, 16)),
-        ("conditional", "segment", {}, (5, 3, 4, 4)),
-        ("medsegdiff_v1", "segment", {}, (1, 3, 16, 16)),
-        ("unconditional", "generate", {"pairs": True}, (1, 4, 16, 16)),
+        ("unet", "segment", {}, (0, 16, 16), 0),
+        ("conditional", "segment", {}, (3, 4, 4), 4),
+        ("medsegdiff_v1", "segment", {}, (3, 16, 16), 0),
+        ("unconditional", "generate", {"pairs": True}, (4, 16, 16), 0),
     ],
 )
-def test_noise_has_the_shape_of_what_is_diffused(volumes, kind, task, data, shape):
+def test_noise_has_the_shape_of_what_is_diffused(volumes, kind, task, data, shape, draws):
+    """And there are draws to make of `conditional` alone."""
     batch = draw_step(settings(kind, task, data=data), volumes, 3, (0, 0), CPU, False)
     assert batch.noise.shape == (2, *shape)
+    assert batch.shared.shape == (2, draws, 3, SHARED)
+    assert batch.fields.shape == (2, draws, 3, len(SPACINGS), 8, 8)
+
+
+def test_draws_have_noise_of_their_own(volumes):
+    """Of unit variance, and independent between crops, draws, classes and scales."""
+    batch = draw_step(settings("conditional", "segment", batch_size=64), volumes, 3, (0, 0), CPU, False)
+    for noise in (batch.noise, batch.shared, batch.fields):
+        assert noise.mean().abs() < 0.1
+        assert noise.std().item() == pytest.approx(1, abs=0.1)
+    centres = batch.fields[..., 4, 4]
+    for axis in range(4):
+        assert (centres * centres.roll(1, axis)).mean().abs() < 0.1
 
 
 @pytest.mark.parametrize(
@@ -148,14 +165,14 @@ class Stub(nn.Module):
         return self.answer if len(self.answer) > 1 else self.answer[0]
 
 
-def batch_of(layers: int, maps: int, side: int = 16) -> tuple[Batch, Tensor]:
+def batch_of(maps: int, side: int = 16, draws: int = 0) -> tuple[Batch, Tensor]:
     """The times t = 1/7, 4/7 and 1, and the one-hot labels."""
     generator = torch.Generator().manual_seed(2)
     labels = torch.randint(0, 3, (3, 16, 16), generator=generator)
-    image, noise = (
-        torch.randn(shape, generator=generator) for shape in ((3, 1, 16, 16), (3, layers, maps, side, side))
-    )
-    batch = Batch(image, labels, torch.tensor([1, 4, 7]).double() / 7, noise)
+    half = 16 // COARSE
+    shapes = (3, 1, 16, 16), (3, maps, side, side), (3, draws, 3, SHARED), (3, draws, 3, len(SPACINGS), half, half)
+    image, *noises = (torch.randn(shape, generator=generator) for shape in shapes)
+    batch = Batch(image, labels, torch.tensor([1, 4, 7]).double() / 7, *noises)
     return batch, torch.stack([labels == k for k in range(3)], 1).float()
 
 
@@ -177,10 +194,10 @@ def test_times_lie_on_the_configured_grid(volumes):
 @pytest.mark.parametrize("diffusion", [DIFFUSION, ENDS_IN_NOISE])
 @pytest.mark.parametrize("kind", ["classic_unet", "medsegdiff_v1"])
 def test_a_denoiser_of_masks_is_told_the_level_of_its_noise(kind, diffusion):
-    batch, truth = batch_of(1, 3)
+    batch, truth = batch_of(3)
     stub = Stub(torch.zeros(3, 3, 16, 16), None)
-    loss = loss_of(stub, EnergyScore(), settings(kind, "segment", diffusion=diffusion), batch, 3, False)
-    level, x_0, noise = level_of(diffusion, batch.t), 0.7 * (2 * truth - 1), batch.noise[:, 0]
+    loss = loss_of(stub, EnergyScore(3), settings(kind, "segment", diffusion=diffusion), batch, torch.ones(3), False)
+    level, x_0, noise = level_of(diffusion, batch.t), 0.7 * (2 * truth - 1), batch.noise
     image, x, told = stub.inputs
     assert image is batch.image
     torch.testing.assert_close(told, level.float())
@@ -192,17 +209,22 @@ def test_a_denoiser_of_masks_is_told_the_level_of_its_noise(kind, diffusion):
 
 def test_draws_are_told_the_level_of_their_noise():
     diffusion = ENDS_IN_NOISE | {"draws": 2}
-    batch, truth = batch_of(3, 3, side=4)
+    batch, truth = batch_of(3, side=4, draws=2)
     stub = Stub(torch.zeros(3, 3, 16, 16), torch.zeros(2, 3, 3, 16, 16))
-    loss_of(stub, EnergyScore(), settings("conditional", "segment", diffusion=diffusion), batch, 3, False)
+    config = settings("conditional", "segment", diffusion=diffusion, mean_weight=5.0)
+    losses = [
+        loss_of(stub, EnergyScore(3), config, batch, torch.tensor(w), False) for w in ((1.0,) * 3, (1.0, 1.0, 2.0))
+    ]
+    assert losses[0] < losses[1], "the weights of the classes reach the loss"
     level = level_of(diffusion, batch.t)
-    x_t = add_noise(0.7 * (2 * torch.nn.functional.avg_pool2d(truth, 4) - 1), batch.noise[:, 0], level)
-    image, x, told, draws = stub.inputs
+    x_t = add_noise(0.7 * (2 * torch.nn.functional.avg_pool2d(truth, 4) - 1), batch.noise, level)
+    image, x, told, shared, fields = stub.inputs
     assert image is batch.image
     torch.testing.assert_close(told, level.float())
     factor = along(level.sqrt() * 0.7 / (level * 0.7**2 + 1 - level))
-    torch.testing.assert_close(x, (factor * x_t).expand(2, *x_t.shape))
-    torch.testing.assert_close(draws, batch.noise[:, 1:].movedim(1, 0))
+    torch.testing.assert_close(x, (factor * x_t)[None])
+    assert torch.equal(shared, batch.shared.movedim(1, 0))
+    assert torch.equal(fields, batch.fields.movedim(1, 0))
 
 
 @pytest.mark.parametrize("diffusion", [DIFFUSION, ENDS_IN_NOISE])
@@ -210,15 +232,15 @@ def test_draws_are_told_the_level_of_their_noise():
 @pytest.mark.parametrize("variance", ["small", "learned"])
 def test_a_denoiser_of_images_is_told_the_level_of_its_noise(diffusion, pairs, variance):
     """The variance is learned for the step to the next time of training's own grid, whose steps add to the bound."""
-    batch, truth = batch_of(1, 4 if pairs else 1)
-    level, noise = level_of(diffusion, batch.t), batch.noise[:, 0]
+    batch, truth = batch_of(4 if pairs else 1)
+    level, noise = level_of(diffusion, batch.t), batch.noise
     x_0 = torch.cat([batch.image, 0.7 * (2 * truth - 1)], 1) if pairs else batch.image
     generator = torch.Generator().manual_seed(5)
     error, logits = (torch.randn(x_0.shape, generator=generator) for _ in range(2))
     output = target(diffusion["prediction"], x_0, noise, level) + 0.1 * error
     stub = Stub(torch.cat([output, logits], 1) if variance == "learned" else output)
     config = settings(data={"pairs": pairs}, diffusion=diffusion | {"variance": variance})
-    loss = loss_of(stub, EnergyScore(), config, batch, 3, False)
+    loss = loss_of(stub, EnergyScore(3), config, batch, torch.ones(3), False)
     x_t, told = stub.inputs
     torch.testing.assert_close(told, level.float())
     torch.testing.assert_close(x_t, add_noise(x_0, noise, level))

@@ -1,5 +1,6 @@
 """What joins the samplers to a network: every setting of sampling reaches it, for masks and for images."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def test_masks_are_sampled_as_configured(name):
 
     def maps(call: int) -> Tensor:
         """Slices share the noise of their sample."""
-        return torch.stack([noise(index, call, WINDOW) for index in range(SAMPLES)]).repeat_interleave(SLICES, 0)
+        return torch.stack([noise.map(index, call, WINDOW) for index in range(SAMPLES)]).repeat_interleave(SLICES, 0)
 
     def denoise(x_t: Tensor, alpha_bar: Tensor) -> Tensor:
         x = x_t / float(scale**2 * alpha_bar + 1 - alpha_bar) ** 0.5
@@ -164,7 +165,7 @@ def test_masks_are_sampled_as_configured(name):
         return x0_from(prediction, x_t, answer(x, alpha_bar), alpha_bar)
 
     limit = partial(LIMITS[name], bound=scale) if name in LIMITS else None
-    x_0 = SAMPLED[name](denoise, maps(0), noise=lambda step: maps(2 * step + 1), limit=limit)
+    x_0 = SAMPLED[name](denoise, maps(0), noise=lambda step: maps(step + 1), limit=limit)
     p = ((x_0 / scale + 1) / 2).clamp(0, 1) + 1e-6 * torch.eye(CLASSES)[0].reshape(-1, 1, 1)
     soft = (p / p.sum(1, keepdim=True)).unflatten(0, (SAMPLES, SLICES))
 
@@ -184,39 +185,44 @@ def test_masks_are_sampled_as_configured(name):
 
 
 class Drawing(Stub):
-    """A denoiser that draws masks in one call, on a grid four times finer than its noise."""
+    """A denoiser that draws masks in one call, on a grid four times finer than the noisy mask's."""
 
     def encode(self, image: Tensor) -> Features:
         return Features(torch.zeros(len(image), CLASSES, SIDE, SIDE), ())
 
-    def denoiser(self, features: Features, x: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-        self.calls.append((x, level, noise))
-        return mask_logits(x, level[0], noise)
+    def denoiser(self, features: Features, x: Tensor, level: Tensor, shared: Tensor, fields: Tensor) -> Tensor:
+        self.calls.append((x, level, shared, fields))
+        return mask_logits(x, level[0], shared, fields)
 
 
-def mask_logits(x: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-    said = answer((2 * x + noise).flatten(0, 1), level)
-    return nearest(said, 4).unflatten(0, x.shape[:2])
+def mask_logits(x: Tensor, level: Tensor, shared: Tensor, fields: Tensor) -> Tensor:
+    state, detail = (
+        nearest(y.flatten(0, 1), stride).unflatten(0, y.shape[:2]) for y, stride in ((2 * x, 4), (fields.sum(3), 2))
+    )
+    said = state + detail + shared.sum(3)[..., None, None]
+    return answer(said.flatten(0, 1), level).unflatten(0, said.shape[:2])
 
 
 @pytest.mark.parametrize(("sampler", "method"), [("auto", "ddpm"), ("ddim", "ddim")])
 def test_draws_are_sampled_as_configured(sampler, method):
-    """The noise of a call is that of x_t at pure noise, else fresh; what is reported is the last draw."""
+    """The noise of a draw is fresh at every call, and pure noise is one x_t for all; the last draw is reported."""
     scale, noise, calls, drawn = 0.3, Noise(SEED, CLASSES, (SIDE, SIDE), 4), [], []
 
-    def maps(call: int) -> Tensor:
-        of_samples = torch.stack([noise(index, call, WINDOW) for index in range(SAMPLES)])
-        return of_samples[:, None].expand(-1, SLICES, -1, -1, -1)
+    def of_slices(one: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        of_samples = torch.stack([one(index, *arguments) for index in range(SAMPLES)])
+        return of_samples[:, None].expand(-1, SLICES, *of_samples.shape[1:])
 
     def denoise(x_t: Tensor, alpha_bar: Tensor) -> Tensor:
         a = float(alpha_bar)
-        x = a**0.5 * scale / (a * scale**2 + 1 - a) * x_t
-        calls.append((x, alpha_bar, maps(2 * len(calls)) if calls else x_t))
-        drawn.append(mask_logits(x, alpha_bar, calls[-1][2]).softmax(2))
+        x = a**0.5 * scale / (a * scale**2 + 1 - a) * x_t if calls else torch.zeros(1, *x_t.shape[1:])
+        call = len(calls)
+        calls.append((x, alpha_bar, of_slices(noise.vector, call), of_slices(noise.fields, call, WINDOW)))
+        drawn.append(mask_logits(x, alpha_bar, *calls[-1][2:]).softmax(2))
         return scale * (2 * nn.functional.avg_pool2d(drawn[-1].flatten(0, 1), 4) - 1).unflatten(0, x_t.shape[:2])
 
     path = levels("linear", STEPS, spacing="log_snr", train_steps=40, shift=0.8)
-    sample(denoise, maps(0), path, method=method, eta=0.6, noise=lambda step: maps(2 * step + 1))
+    x_T = of_slices(noise.map, 0, WINDOW)
+    sample(denoise, x_T, path, method=method, eta=0.6, noise=lambda step: of_slices(noise.map, step + 1, WINDOW))
     diffusion = {"schedule": "linear", "log_snr_shift": 0.8, "train_steps": 40, "scale": scale}
     segment = {"spacing": "log_snr", "sampler": sampler, "eta": 0.6}
     stub, keep = Drawing(), np.empty((SAMPLES, SLICES, SIDE, SIDE), np.uint8)
@@ -229,10 +235,10 @@ def test_draws_are_sampled_as_configured(sampler, method):
         keep=keep,
     )
     assert len(stub.calls) == len(calls) == STEPS
-    for (x, level, z), (expected_x, expected_level, expected_z) in zip(stub.calls, calls, strict=True):
+    for (x, level, *noises), (expected_x, expected_level, *expected) in zip(stub.calls, calls, strict=True):
         torch.testing.assert_close(level, expected_level.float().expand(SLICES), atol=0, rtol=1e-6)
         torch.testing.assert_close(x, expected_x, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(z, expected_z)
+        torch.testing.assert_close(noises, expected)
     assert (keep == drawn[-1].argmax(2).numpy()).mean() > 0.999
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from medseg_diff import inference
 from medseg_diff.checkpoint import Model, load_model
 from medseg_diff.datasets.slices import with_neighbours
-from medseg_diff.inference import Noise, predict, trace
+from medseg_diff.diffusion.fields import COARSE, SPACINGS, cells
+from medseg_diff.inference import REPEAT, Noise, predict, trace
 from medseg_diff.networks.blocks import Condition, nearest
 from medseg_diff.networks.conditional import STRIDE, Features
 from medseg_diff.windows import Window, pad_to_stride, windows
@@ -36,9 +37,11 @@ class Pointwise(nn.Module):
         x = image.mean(1, keepdim=True)
         return Features(torch.cat([x, x.square(), -x], 1), ())
 
-    def denoiser(self, features: Features, x_t: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-        detail = nearest((x_t + noise).flatten(0, 1), STRIDE).unflatten(0, noise.shape[:2])
-        return features.mean_logits + detail
+    def denoiser(self, features: Features, x_t: Tensor, level: Tensor, shared: Tensor, fields: Tensor) -> Tensor:
+        state = nearest(x_t.flatten(0, 1), STRIDE).unflatten(0, x_t.shape[:2])
+        detail = nearest(fields.sum(3).flatten(0, 1), COARSE).unflatten(0, fields.shape[:2])
+        of_scan = shared.sum(3).reshape(*shared.shape[:3], *(1,) * (x_t.ndim - 3))
+        return features.mean_logits + state + detail + of_scan
 
 
 def settings(model: Model, network: nn.Module | None = None, **data: object) -> Model:
@@ -114,17 +117,51 @@ def test_slices_share_the_noise_of_their_volume(model, axis):
     assert len(np.unique(across[:, 0].reshape(3, -1), axis=0)) == 3
 
 
+def window(start: tuple[int, ...], size: tuple[int, ...]) -> Window:
+    return Window(start, size, tuple(slice(a, a + n) for a, n in zip(start, size, strict=True)))
+
+
 def test_noise_of_a_window_is_the_crop_of_the_volumes():
     noise = Noise(3, 2, (48, 32), 4)
-    whole = noise(1, 0, Window((0, 0), (48, 32), (slice(0, 48), slice(0, 32))))
-    part = noise(1, 0, Window((16, 0), (32, 16), (slice(16, 48), slice(0, 16))))
-    assert torch.equal(part, whole[:, 4:12, 0:4])
+    whole, part = window((0, 0), (48, 32)), window((16, 0), (32, 16))
+    assert torch.equal(noise.map(1, 0, part), noise.map(1, 0, whole)[:, 4:12, 0:4])
+    torch.testing.assert_close(noise.fields(1, 0, part), noise.fields(1, 0, whole)[:, :, 8:24, 0:8])
+
+
+def test_fields_of_a_long_volume_agree_between_windows_and_fill_no_memory():
+    """The white noise of the roughest comes again after REPEAT cells, and not before."""
+    noise, period = Noise(3, 2, (1024, 16), 4), REPEAT * SPACINGS[0]
+    whole = noise.fields(0, 0, window((0, 0), (1024, 16)))
+    for start in (0, 232, 264, 960):
+        part = noise.fields(0, 0, window((start, 0), (64, 16)))
+        torch.testing.assert_close(part, whole[:, :, start // 2 : start // 2 + 32])
+    across = [len(cells(0, 16, spacing)) for spacing in SPACINGS]
+    assert sum(x.numel() for x in noise.kept.values()) == 2 * REPEAT * sum(across)
+    rough = whole[:, 0].movedim(1, 0).flatten(1)
+    torch.testing.assert_close(rough[: period // 2], rough[period // 2 : period])
+    apart = torch.cdist(rough[: period // 2], rough[: period // 2])
+    assert apart[torch.ones_like(apart).triu(8).bool()].min() > 0.5
+
+
+@pytest.mark.parametrize("kind", ["map", "vector", "fields"])
+def test_every_noise_has_its_key(kind):
+    """Seed, sample and call: another of them is another noise, the same are the same."""
+    place = window((0, 0), (32, 32))
+
+    def noise(seed: int, sample: int, call: int) -> Tensor:
+        of_volume = Noise(seed, 3, (32, 32), 4)
+        return of_volume.vector(sample, call) if kind == "vector" else getattr(of_volume, kind)(sample, call, place)
+
+    keys = list(itertools.product((0, 1), repeat=3))
+    found = torch.stack([noise(*key).flatten() for key in keys])
+    assert torch.equal(found, torch.stack([noise(*key).flatten() for key in keys]))
+    assert (torch.cdist(found, found) + 100 * torch.eye(len(keys)) > 1).all()
 
 
 def test_noises_are_standard_normal_and_independent():
-    window = Window((0, 0), (256, 256), (slice(0, 256), slice(0, 256)))
     keys = [(seed, sample, call) for seed in (0, 1) for sample in (0, 1) for call in (0, 1)]
-    maps = torch.stack([Noise(s, 3, (256, 256), 4)(i, c, window).flatten() for s, i, c in keys])
+    place = window((0, 0), (256, 256))
+    maps = torch.stack([Noise(s, 3, (256, 256), 4).map(i, c, place).flatten() for s, i, c in keys])
     assert (maps.mean(1).abs() < 0.05).all()
     assert ((maps.var(1) - 1).abs() < 0.06).all()
     assert ((torch.corrcoef(maps) - torch.eye(len(keys))).abs() < 0.05).all()
@@ -176,7 +213,7 @@ def test_a_deterministic_network_draws_nothing(model, image):
 @pytest.mark.parametrize("size", [(48, 32, 32), (16, 16, 16)])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_no_noise_is_drawn_in_vain(model, image, steps, size, monkeypatch):
-    """Neither for a step that adds none, nor again for the next window."""
+    """Maps for x_T and the steps that add noise; for each call a vector and a field's noise a scale. Once for all."""
     calls = []
 
     def mix(*numbers: int) -> int:
@@ -185,7 +222,7 @@ def test_no_noise_is_drawn_in_vain(model, image, steps, size, monkeypatch):
 
     monkeypatch.setattr(inference, "_mix", mix)
     predict(settings(model["volumes"], Pointwise(), size=size), image, samples=1, steps=steps, seed=0)
-    assert len(calls) == len(set(calls)) == 2 * steps - 1
+    assert len(calls) == len(set(calls)) == steps + (1 + len(SPACINGS)) * steps
 
 
 def test_noise_that_is_not_kept_is_the_same(model, image, monkeypatch):
@@ -214,7 +251,7 @@ def test_progress_is_told_of_every_part(model, image, kind, size, monkeypatch):
     monkeypatch.setattr(inference, "VOXELS_AT_ONCE", 5_000)
     shares: list[float] = []
     found = settings(model[kind], Pointwise(), size=size)
-    predict(found, image, samples=1, steps=1, seed=0, progress=shares.append)
+    predict(found, image, samples=int(kind != "unet"), steps=1, seed=0, progress=shares.append)
     assert sum(shares) == pytest.approx(1)
     assert (len(shares) > 1) == (kind != "unet")
 
@@ -229,7 +266,7 @@ def test_a_trace_shows_how_the_first_sample_came_about(model, image, kind):
     first = seen[0][0] if kind == "volumes" else seen[0][0][:, :, 7]
     coarse = tuple(n // STRIDE for n in pad_to_stride(tuple(first.shape[1:]), (8, 8, 8, 8)))
     size = tuple(STRIDE * n for n in coarse)
-    x_T = Noise(0, 3, size, STRIDE)(0, 0, Window((0,) * len(coarse), size, ()))
+    x_T = Noise(0, 3, size, STRIDE).map(0, 0, window((0,) * len(coarse), size))
     on_grid = first[(..., *[slice(None, None, STRIDE)] * len(coarse))]
     assert torch.equal(on_grid, x_T[(..., *map(slice, on_grid.shape[1:]))])
 

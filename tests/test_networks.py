@@ -1,13 +1,16 @@
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from medseg_diff.config import MASK_DENOISERS
+from medseg_diff.diffusion.fields import COARSE, SPACINGS, cells, smooth
 from medseg_diff.networks import build_generator, build_network
 from medseg_diff.networks.blocks import LevelEmbedding, UNet
-from medseg_diff.networks.conditional import STRIDE, ConditionalNet
+from medseg_diff.networks.conditional import SHARED, STRIDE, ConditionalNet
 
 FOUR, FIVE = (8, 8, 16, 16), (8, 8, 16, 16, 24)
 
@@ -31,12 +34,13 @@ def conditional(dims: int = 2, classes: int = 3, widths: tuple[int, ...] = FOUR)
     return awakened(build_network("conditional", dims, 1, classes, widths, size=(16,) * dims))
 
 
-def inputs(dims: int, classes: int, batch: int = 2, draws: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    space = (16, 32, 16)[:dims]
-    coarse = [n // STRIDE for n in space]
-    level = torch.linspace(0, 0.9, batch)
-    shape = draws, batch, classes, *coarse
-    return random(batch, 1, *space), random(*shape, seed=1), level, random(*shape, seed=2)
+def inputs(dims: int, classes: int, batch: int = 2, draws: int = 3) -> tuple[Tensor, ...]:
+    """Image, a noisy mask for every draw, the level, and the noise of the draws."""
+    space, shape = (16, 32, 16)[:dims], (draws, batch, classes)
+    coarse, half = ([n // factor for n in space] for factor in (STRIDE, COARSE))
+    x_t, shared = random(*shape, *coarse, seed=1), random(*shape, SHARED, seed=2)
+    fields = random(*shape, len(SPACINGS), *half, seed=3)
+    return random(batch, 1, *space), x_t, torch.linspace(0, 0.9, batch), shared, fields
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -44,8 +48,8 @@ def inputs(dims: int, classes: int, batch: int = 2, draws: int = 3) -> tuple[Ten
 @pytest.mark.parametrize("classes", [2, 5])
 def test_a_draw_covers_the_image_class_by_class(dims, widths, classes):
     network = conditional(dims, classes, widths)
-    image, x_t, level, noise = inputs(dims, classes)
-    mean, drawn = network(image, x_t, level, noise)
+    image, *noise = inputs(dims, classes)
+    mean, drawn = network(image, *noise)
     assert mean.shape == (2, classes, *image.shape[2:])
     assert drawn.shape == (3, 2, classes, *image.shape[2:])
 
@@ -85,9 +89,9 @@ def test_features_come_finest_first(dims):
 
 
 def losses() -> dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor]]]:
-    image, x_t, level, noise = inputs(2, 3)
+    image, x_t, level, *noise = inputs(2, 3)
     return {
-        "conditional": (conditional(), lambda net: sum(o.square().mean() for o in net(image, x_t, level, noise))),
+        "conditional": (conditional(), lambda net: sum(o.square().mean() for o in net(image, x_t, level, *noise))),
         "unet": (build_network("unet", 2, 1, 3, FIVE, size=(32, 32)), lambda net: net(image).square().mean()),
         "unconditional": (
             build_generator("unconditional", 2, 1, 1, FOUR),
@@ -104,50 +108,118 @@ def test_a_gradient_reaches_every_parameter(kind):
     assert silent == []
 
 
-def test_an_untrained_draw_is_the_mean_heads_answer():
-    torch.manual_seed(0)
-    mean, drawn = build_network("conditional", 2, 1, 3, FOUR, size=(16, 32))(*inputs(2, 3))
-    assert torch.equal(drawn, mean.expand_as(drawn))
+@pytest.fixture(scope="module")
+def pure() -> tuple[ConditionalNet, Tensor, Tensor]:
+    """A network of random weights, the mean head's logits for a few small images, and 4000 draws at pure noise.
+
+    Only the corners of an image lie at places of the half-resolution grid; all other voxels lie between.
+    """
+    network, batch, draws, side = conditional(), 8, 4000, 8
+    white = [random(draws, batch, 3, *[len(cells(0, side, n))] * 2, seed=n) for n in SPACINGS]
+    fields = torch.stack([smooth(w, (0, 0), (side, side), n) for w, n in zip(white, SPACINGS, strict=True)], 3)
+    x_t, shared = torch.zeros(1, batch, 3, *[side // STRIDE] * 2), random(draws, batch, 3, SHARED, seed=1)
+    with torch.no_grad():
+        mean, drawn = network(3 * random(batch, 1, side, side), x_t, torch.zeros(batch), shared, fields)
+    return network, mean, drawn
+
+
+def corners(x: Tensor) -> Tensor:
+    return x[..., ::7, ::7]
+
+
+def shares(drawn: Tensor) -> Tensor:
+    """Of the draws that have each label, [batch, classes, *space]."""
+    return functional.one_hot(drawn.argmax(2), drawn.shape[2]).movedim(-1, 2).float().mean(0)
+
+
+def test_a_voxel_is_drawn_with_the_mean_heads_probabilities(pure):
+    """Exactly, whatever the weights: what remains is the error of counting, here against four standard deviations."""
+    _, mean, drawn = pure
+    p = corners(mean.softmax(1))
+    assert p.std() > 0.1, "probabilities that differ"
+    assert ((corners(shares(drawn)) - p).abs() < 4 * (p * (1 - p) / len(drawn)).sqrt() + 1e-3).all()
+
+
+def test_between_places_the_noise_is_a_little_weaker(pure):
+    _, mean, drawn = pure
+    apart = shares(drawn) - mean.softmax(1)
+    likeliest = apart.gather(1, mean.argmax(1, keepdim=True))
+    assert 0 < likeliest.mean() < 0.06, "weaker noise makes the likeliest label likelier"
+    assert apart.abs().max() < 0.2
+
+
+def test_the_noise_of_a_voxel_is_gumbels(pure):
+    """Its weights have unit norm, so mean and variance are Gumbel's."""
+    network, mean, drawn = pure
+    noise = corners(drawn / functional.softplus(network.denoiser.sharpness.detach()) - mean)
+    assert noise.mean(0).sub(0.5772).abs().max() < 0.1
+    assert noise.var(0).sub(math.pi**2 / 6).abs().max() < 0.3
+    assert noise.var(0).mean().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
+
+
+def test_the_shift_is_silent_at_pure_noise():
+    network = conditional()
+    image, x_t, _, shared, fields = inputs(2, 3)
+    level = torch.tensor([0.0, 0.5])
+    _, before = network(image, x_t, level, shared, fields)
+    with torch.no_grad():
+        network.denoiser.shift.weight += 1
+    _, after = network(image, x_t, level, shared, fields)
+    assert torch.equal(after[:, 0], before[:, 0])
+    assert not torch.allclose(after[:, 1], before[:, 1], atol=1e-2)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_one_noisy_mask_serves_all_draws(dims):
+    network = conditional(dims)
+    image, x_t, *noise = inputs(dims, 3)
+    _, one = network(image, x_t[:1], *noise)
+    _, repeated = network(image, x_t[:1].expand_as(x_t), *noise)
+    torch.testing.assert_close(one, repeated, atol=1e-4, rtol=0)
 
 
 def test_what_the_encoder_computes_serves_every_noise():
     """The draws of `forward` are those of a denoiser given features that were encoded once, without x_t."""
     network = conditional()
-    image, x_t, level, noise = inputs(2, 3)
+    image, x_t, *noise = inputs(2, 3)
     features = network.encode(image)
     for state in (x_t, x_t + 1):
-        mean, drawn = network(image, state, level, noise)
+        mean, drawn = network(image, state, *noise)
         assert torch.equal(mean, features.mean_logits)
-        assert torch.equal(drawn, network.denoiser(features, state, level, noise))
-    assert not torch.equal(drawn, network.denoiser(features, x_t, level, noise)), "x_t has no effect"
+        assert torch.equal(drawn, network.denoiser(features, state, *noise))
+    assert not torch.equal(drawn, network.denoiser(features, x_t, *noise)), "x_t has no effect"
 
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_a_draw_does_not_depend_on_its_company(dims):
     network = conditional(dims)
-    image, x_t, level, noise = inputs(dims, 3)
-    _, together = network(image, x_t, level, noise)
+    image, x_t, level, *noise = inputs(dims, 3)
+    _, together = network(image, x_t, level, *noise)
     for draw in range(3):
         for item in range(2):
             one = slice(item, item + 1)
-            _, alone = network(image[one], x_t[draw, None, one], level[one], noise[draw, None, one])
+            state, shared, fields = (x[draw, None, one] for x in (x_t, *noise))
+            _, alone = network(image[one], state, level[one], shared, fields)
             torch.testing.assert_close(alone[0, 0], together[draw, item], atol=1e-3, rtol=0)
 
 
 def test_noise_and_state_and_level_all_matter():
     network = conditional()
-    image, x_t, level, noise = inputs(2, 3)
-    _, first = network(image, x_t, level, noise)
-    for changed in ((x_t.flip(0), level, noise), (x_t, level.flip(0), noise), (x_t, level, noise.flip(0))):
+    image, *given = inputs(2, 3)
+    _, first = network(image, *given)
+    for index in range(len(given)):
+        changed = [x.flip(0) if i == index else x for i, x in enumerate(given)]
         assert not torch.allclose(network(image, *changed)[1], first, atol=1e-3)
 
 
 def test_the_denoiser_teaches_the_encoder_but_not_the_mean_head():
+    """It reads all but the finest features."""
     network = conditional()
     _, drawn = network(*inputs(2, 3))
     drawn.square().mean().backward()
     assert all(p.grad is None for p in network.mean_head.parameters())
-    assert all(p.grad is not None and p.grad.any() for p in network.encoder.parameters())
+    taught = {name: p.grad is not None and bool(p.grad.any()) for name, p in network.encoder.named_parameters()}
+    assert all(found != name.startswith(("up.0", "decoder.0")) for name, found in taught.items())
 
 
 def test_the_mean_head_teaches_the_encoder_but_not_the_denoiser():

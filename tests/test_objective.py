@@ -4,18 +4,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from medseg_diff.diffusion.fields import COARSE, SPACINGS
 from medseg_diff.diffusion.losses import loss_weight, variational_term
 from medseg_diff.diffusion.masks import one_hot
 from medseg_diff.diffusion.process import add_noise, target, velocity, x0_from
 from medseg_diff.networks import build_generator, build_network
+from medseg_diff.networks.conditional import SHARED, STRIDE
 from medseg_diff.training.batch import draw_times
 from medseg_diff.training.objective import (
     EnergyScore,
+    class_weights,
     conditional_loss,
     dice_loss,
     generation_loss,
     mask_loss,
     unet_loss,
+    weighted_cross_entropy,
 )
 
 SIDE = 16
@@ -27,9 +31,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def plain_score() -> EnergyScore:
+def plain_score(classes: int = 1) -> EnergyScore:
     """Without the running scales."""
-    score = EnergyScore().eval()
+    score = EnergyScore(classes).eval()
     score.typical.fill_(1)
     return score
 
@@ -80,15 +84,41 @@ def test_every_scale_is_heard():
     assert plain_score()(drawn, truth).item() == pytest.approx(expected)
 
 
+def test_classes_are_scored_alone_and_together():
+    """Of two classes one is wrong by 1 everywhere, then both: alone T/2 and T, together T and sqrt(2) T."""
+    right, wrong = torch.ones(1, 1, SIDE, SIDE), torch.zeros(1, 1, SIDE, SIDE)
+
+    def score(*drawn: Tensor) -> float:
+        twice = torch.cat(drawn, 1).expand(2, 1, 2, SIDE, SIDE)
+        return plain_score(2)(twice, torch.cat([right, right], 1)).item() / TYPICAL
+
+    assert score(wrong, right) == score(right, wrong) == pytest.approx((1 / 2 + 1) / 2)
+    assert score(wrong, wrong) == pytest.approx((1 + math.sqrt(2)) / 2)
+
+
+def test_a_rare_class_is_heard_as_loudly_as_a_common_one():
+    """Each is divided by its own distance, which is typical of it."""
+    truth, score = torch.zeros(1, 2, SIDE, SIDE), EnergyScore(2)
+    drawn = truth.repeat(2, 1, 1, 1, 1)
+    drawn[:, :, 0, :8], drawn[:, :, 1, 0, 0] = 1, 1
+    score(drawn, truth)
+    assert (score.typical[:, 0] > 2 * score.typical[:, 1]).all()
+    for k in (0, 1):
+        alone = drawn.clone()
+        alone[:, :, 1 - k] = 0
+        together = (score.typical[:, k] / score.typical[:, 2]).mean().item()
+        assert score.eval()(alone, truth).item() == pytest.approx((1 / 2 + together) / 2, rel=1e-4)
+
+
 def test_scales_are_learned_in_training_only():
-    score = EnergyScore(decay=0.9)
+    score = EnergyScore(1, decay=0.9)
     far, near = even(torch.zeros(2, 1)), even(torch.full((2, 1), 0.5))
     truth = even(torch.ones(1))
     assert score(far, truth).item() == pytest.approx(1), "the first distance is the scale"
     first = score.typical.clone()
-    assert first.tolist() == pytest.approx([16, 4, 1, 1])
+    assert first.tolist() == [pytest.approx([scale, scale]) for scale in (16, 4, 1, 1)]
     score(near, truth)
-    assert score.typical.tolist() == pytest.approx((first * (0.9 + 0.1 / 2)).tolist())
+    torch.testing.assert_close(score.typical, first * (0.9 + 0.1 / 2))
     second = score.eval().typical.clone()
     assert score(far, truth).item() == pytest.approx(1 / 0.95)
     assert torch.equal(score.typical, second)
@@ -134,12 +164,16 @@ class Constant(nn.Module):
 
 
 OPTIONS = {"classes": 3, "scale": 0.5}
+EQUAL = {"mean_weight": 5.0, "class_weight": torch.ones(3)}
 PREDICTED = {"prediction": "velocity", "weighting": "uniform"}
 
 
-def coarse_noise() -> Tensor:
-    """Of x_t and of three draws."""
-    return torch.randn(2, 4, 3, 8, 4, generator=generator(3))
+def noises() -> tuple[Tensor, Tensor, Tensor]:
+    """Of x_t; shared numbers and fields of three draws."""
+    coarse, half = ((32 // factor, 16 // factor) for factor in (STRIDE, COARSE))
+    shapes = (2, 3, *coarse), (2, 3, 3, SHARED), (2, 3, 3, len(SPACINGS), *half)
+    x, shared, fields = (torch.randn(shape, generator=generator(seed)) for seed, shape in enumerate(shapes, start=3))
+    return x, shared, fields
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -154,7 +188,7 @@ def test_losses_call_the_wrapped_network_once():
         kind: Watched(build_network(kind, 2, 1, 3, (8, 8, 8, 8), size=(32, 16))) for kind in ("conditional", "unet")
     }
     conditional_loss(
-        networks["conditional"], image, labels, level, coarse_noise(), **OPTIONS, mean_weight=5.0, score=EnergyScore()
+        networks["conditional"], image, labels, level, *noises(), **OPTIONS, **EQUAL, score=EnergyScore(3)
     ).backward()
     unet_loss(networks["unet"], image, labels, classes=3).backward()
     networks["unconditional"] = Watched(build_generator("unconditional", 2, 1, 1, (8, 8, 8, 8)))
@@ -172,35 +206,72 @@ class Oracle(nn.Module):
         super().__init__()
         self.mean, self.drawn = mean, drawn
 
-    def forward(self, image: Tensor, x_t: Tensor, level: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        return self.mean, self.drawn.expand(len(noise), *self.drawn.shape)
+    def forward(
+        self, image: Tensor, x_t: Tensor, level: Tensor, shared: Tensor, fields: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.mean, self.drawn.expand(len(shared), *self.drawn.shape)
 
 
 def test_the_truth_has_no_conditional_loss():
     image, labels = batch()
     sure, unsure = 50 * one_hot(labels, 3), torch.zeros(2, 3, 32, 16)
 
-    def loss(mean: Tensor, drawn: Tensor) -> float:
+    def loss(mean: Tensor, drawn: Tensor, weight: tuple[float, ...] = (1, 1, 1)) -> float:
         network, level = Oracle(mean, drawn), torch.zeros(2)
-        return conditional_loss(
-            network, image, labels, level, coarse_noise(), **OPTIONS, mean_weight=5.0, score=plain_score()
-        ).item()
+        options = {**OPTIONS, "mean_weight": 5.0, "class_weight": torch.tensor(weight, dtype=torch.float)}
+        return conditional_loss(network, image, labels, level, *noises(), **options, score=plain_score(3)).item()
 
     assert loss(sure, sure) == pytest.approx(0, abs=1e-4)
     assert loss(unsure, sure) == pytest.approx(5 * math.log(3), abs=1e-4)
     assert loss(sure, unsure) > 0.1
+    shares = torch.bincount(labels.flatten(), minlength=3) / labels.numel()
+    heard = sum(w * math.log(4 / w) * share for w, share in zip((1, 1, 2), shares.tolist(), strict=True))
+    assert loss(unsure, sure, (1, 1, 2)) == pytest.approx(5 * heard, abs=1e-4)
+
+
+def test_weighted_cross_entropy_is_least_at_the_true_probabilities():
+    """Ten voxels with labels in the proportions of p, and one answer for all of them."""
+    p, weight = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.4, 1.0, 3.0])
+    labels = torch.tensor([[0] * 7 + [1] * 2 + [2]])
+
+    def loss(logits: Tensor) -> Tensor:
+        return weighted_cross_entropy(logits.reshape(1, 3, 1).expand(1, 3, 10), labels, weight)
+
+    honest = p.log().requires_grad_()
+    gradient = torch.autograd.grad(loss(honest), honest)[0]
+    torch.testing.assert_close(gradient, torch.zeros(3), atol=1e-6, rtol=0)
+    for k in range(3):
+        for step in (-0.3, 0.3):
+            assert loss(p.log() + step * torch.eye(3)[k]) > loss(honest) + 1e-3
+
+
+def test_equal_weights_are_plain_cross_entropy():
+    _, labels = batch()
+    logits = torch.randn(2, 3, 32, 16, generator=generator())
+    found = weighted_cross_entropy(logits, labels, torch.ones(3))
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, labels))
+
+
+def test_a_class_weighs_by_the_root_of_its_rarity():
+    frequency = torch.tensor([0.64, 0.32, 0.04])
+    weight = class_weights(frequency)
+    assert (weight * frequency).sum().item() == pytest.approx(1)
+    assert (weight[2] / weight[0]).item() == pytest.approx(4)
+    torch.testing.assert_close(class_weights(torch.full((4,), 0.25)), torch.ones(4))
+    assert torch.isfinite(class_weights(torch.tensor([1.0, 0.0]))).all()
 
 
 def test_draws_share_a_noisy_mask_that_vanishes_at_pure_noise():
     image, labels = batch()
     network = Watched(build_network("conditional", 2, 1, 3, (8, 8, 8, 8), size=(32, 16)))
     level = torch.tensor([0.0, 1.0])
-    conditional_loss(network, image, labels, level, coarse_noise(), **OPTIONS, mean_weight=5.0, score=EnergyScore())
-    [(_, x_t, found_level, noise)] = network.calls
-    assert x_t.shape == noise.shape == (3, 2, 3, 8, 4)
+    noise = noises()
+    conditional_loss(network, image, labels, level, *noise, **OPTIONS, **EQUAL, score=EnergyScore(3))
+    [(_, x_t, found_level, *of_draws)] = network.calls
+    assert x_t.shape == (1, 2, 3, 8, 4)
     assert torch.equal(found_level, level)
-    assert torch.equal(x_t[0], x_t[1])
-    assert not torch.equal(noise[0], noise[1])
+    for found, given in zip(of_draws, noise[1:], strict=True):
+        assert torch.equal(found, given.movedim(1, 0))
     assert (x_t[:, 0] == 0).all()
     shares = torch.nn.functional.avg_pool2d(one_hot(labels, 3)[1], 4)
     torch.testing.assert_close(x_t[0, 1], 2 * shares - 1, atol=1e-5, rtol=0)

@@ -23,6 +23,7 @@ from medseg_diff.errors import UserError
 from medseg_diff.train import rehearse, train
 from medseg_diff.training import step as stepping
 from medseg_diff.training.settings import resolve
+from medseg_diff.training.state import begin
 
 CPU = torch.device("cpu")
 
@@ -84,6 +85,20 @@ def test_leaves_what_is_promised(straight: Path):
     assert best.calibration.nll_after <= best.calibration.nll_before
     assert about.config.tracking.uri == "sqlite:///mlflow.db", "a model names nobody's store"
     assert torch.load(straight / "state.pt", weights_only=True)["counters"]["step"] == 6
+
+
+def test_the_weights_of_the_classes_are_saved_with_a_run(data: Path, tmp_path: Path):
+    config = settings(data, tmp_path)
+    state, other = (begin(config, 1, 3, CPU) for _ in range(2))
+    state.class_weight, state.step = torch.tensor([0.5, 1.0, 3.0]), 7
+    state.score.typical += 2
+    state.save(tmp_path / "state.pt")
+    assert torch.equal(
+        torch.load(tmp_path / "state.pt", weights_only=True)["counters"]["class_weight"], state.class_weight
+    )
+    other.load(tmp_path / "state.pt", CPU)
+    assert torch.equal(other.class_weight, state.class_weight)
+    assert (other.step, other.score.typical.tolist()) == (7, state.score.typical.tolist())
 
 
 def test_the_best_model_is_the_one_with_the_best_validation(straight: Path):
