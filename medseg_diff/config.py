@@ -88,7 +88,7 @@ class Diffusion(_Section):
     pure_noise: Share = 0.5
     """Share of the training levels that are pure noise, where one call draws a sample; 0 for the other denoisers."""
     draws: Annotated[int, Field(ge=2)] = 4
-    """Of conditional: masks drawn for one training image, which the energy score compares."""
+    """Of conditional: masks drawn for one training image, whose volumes are scored against its own."""
     prediction: Literal["velocity", "x0", "noise"] = "velocity"
     """What the other denoisers predict."""
     weighting: Literal["uniform", "min_snr", "level"] = "uniform"
@@ -108,7 +108,7 @@ class Train(_Section):
     """Crops, or slices, in a forward pass."""
     accumulate: Count = 1
     """Forward passes whose gradients are gathered for one step. It equals the large batch, but for what is a statistic
-    of a pass: soft Dice over the batch, and the running scales of conditional's energy score."""
+    of a pass: soft Dice over the batch, and the running scales of conditional's score of draws."""
     lr: Positive = 2e-3
     """Highest learning rate of AdamW, reached after the warm-up, then lowered along a cosine."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
@@ -120,11 +120,11 @@ class Train(_Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the moving average of the weights, the ones that are kept."""
     mean_weight: Positive = 5.0
-    """Of conditional: weight of the mean head's cross-entropy beside the energy score."""
+    """Of conditional: weight of the mean head's cross-entropy beside the score of the draws."""
     condition_every: Count = 5
     """Of medsegdiff_v2: every so many steps Dice and cross-entropy teach the condition model."""
     augment: bool = True
-    """Rotate, scale, shift, and change the intensities of what is trained on."""
+    """Rotate, scale, shift, and change the intensities of what is trained on, but for the last quarter of the budget."""
     checkpoint_every: Count = 200
     """Steps between two states to resume from."""
     validations: Count = 4

@@ -49,7 +49,7 @@ def train(config: Config, folder: Path, device: torch.device, *, fresh: bool = F
         budget, values = config.train, list(dataset.labels)
         volumes = _prepared((*training, *validation), config, values, len(dataset.channels))
         held_out, volumes = volumes[len(training) :], _resident(volumes[: len(training)], device)
-        state = begin(config, len(dataset.channels), len(values), device)
+        state = begin(config, len(dataset.channels), len(values), device, volumes)
         history = History(folder / "metrics.csv")
         tags = {"task": config.task, "dataset": dataset.name, "dataset_digest": digest(dataset)}
         if (folder / "state.pt").exists():
@@ -127,7 +127,8 @@ def rehearse(config: Config, folder: Path, device: torch.device) -> str:
             pass
     config = same_run(folder / "config.yaml", config) or resolve(config, training, channels)
     volumes = _prepared((*training, *validation), config, values, channels)[: len(training)]
-    take_step(begin(config, channels, len(values), device), config, volumes, len(values))
+    state = begin(config, channels, len(values), device, volumes)
+    take_step(state, config, volumes, len(values))
     say(f"{len(training)} cases to train on, {len(validation)} to validate; one step went through")
     return yaml.safe_dump(plain(config), sort_keys=False)
 

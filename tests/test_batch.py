@@ -16,7 +16,7 @@ from medseg_diff.diffusion.process import add_noise, target, x0_from
 from medseg_diff.diffusion.schedule import alpha_bar
 from medseg_diff.networks.conditional import SHARED
 from medseg_diff.training.batch import Batch, draw_step, draw_times
-from medseg_diff.training.objective import EnergyScore
+from medseg_diff.training.objective import VolumeScore
 from medseg_diff.training.state import begin
 from medseg_diff.training.step import loss_of, take_step
 
@@ -196,7 +196,7 @@ def test_times_lie_on_the_configured_grid(volumes):
 def test_a_denoiser_of_masks_is_told_the_level_of_its_noise(kind, diffusion):
     batch, truth = batch_of(3)
     stub = Stub(torch.zeros(3, 3, 16, 16), None)
-    loss = loss_of(stub, EnergyScore(3), settings(kind, "segment", diffusion=diffusion), batch, torch.ones(3), False)
+    loss = loss_of(stub, VolumeScore(3), settings(kind, "segment", diffusion=diffusion), batch, torch.ones(3), False)
     level, x_0, noise = level_of(diffusion, batch.t), 0.7 * (2 * truth - 1), batch.noise
     image, x, told = stub.inputs
     assert image is batch.image
@@ -213,7 +213,7 @@ def test_draws_are_told_the_level_of_their_noise():
     stub = Stub(torch.zeros(3, 3, 16, 16), torch.zeros(2, 3, 3, 16, 16))
     config = settings("conditional", "segment", diffusion=diffusion, mean_weight=5.0)
     losses = [
-        loss_of(stub, EnergyScore(3), config, batch, torch.tensor(w), False) for w in ((1.0,) * 3, (1.0, 1.0, 2.0))
+        loss_of(stub, VolumeScore(3), config, batch, torch.tensor(w), False) for w in ((1.0,) * 3, (1.0, 1.0, 2.0))
     ]
     assert losses[0] < losses[1], "the weights of the classes reach the loss"
     level = level_of(diffusion, batch.t)
@@ -240,7 +240,7 @@ def test_a_denoiser_of_images_is_told_the_level_of_its_noise(diffusion, pairs, v
     output = target(diffusion["prediction"], x_0, noise, level) + 0.1 * error
     stub = Stub(torch.cat([output, logits], 1) if variance == "learned" else output)
     config = settings(data={"pairs": pairs}, diffusion=diffusion | {"variance": variance})
-    loss = loss_of(stub, EnergyScore(3), config, batch, torch.ones(3), False)
+    loss = loss_of(stub, VolumeScore(3), config, batch, torch.ones(3), False)
     x_t, told = stub.inputs
     torch.testing.assert_close(told, level.float())
     torch.testing.assert_close(x_t, add_noise(x_0, noise, level))

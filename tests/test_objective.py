@@ -12,28 +12,28 @@ from medseg_diff.networks import build_generator, build_network
 from medseg_diff.networks.conditional import SHARED, STRIDE
 from medseg_diff.training.batch import draw_times
 from medseg_diff.training.objective import (
-    EnergyScore,
+    BLOCKS,
+    VolumeScore,
     class_weights,
     conditional_loss,
     dice_loss,
     generation_loss,
+    hard,
     mask_loss,
     unet_loss,
     weighted_cross_entropy,
 )
 
 SIDE = 16
-TYPICAL = (math.sqrt(SIDE**2) + math.sqrt((SIDE / 4) ** 2) + 1 + 1) / 4
-"""Mean over the scales of the distance between an empty and a full mask of SIDE x SIDE."""
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def plain_score(classes: int = 1) -> EnergyScore:
+def plain_score(classes: int = 1) -> VolumeScore:
     """Without the running scales."""
-    score = EnergyScore(classes).eval()
+    score = VolumeScore(classes).eval()
     score.typical.fill_(1)
     return score
 
@@ -53,9 +53,9 @@ def even(values: Tensor) -> Tensor:
         ([0, 0, 1], 1, 2 / 3 - 2 / 3 / 2),
     ],
 )
-def test_energy_score_by_hand(draws, truth, score):
+def test_the_score_by_hand(draws, truth, score):
     found = plain_score()(even(torch.tensor(draws, dtype=torch.float)[:, None]), even(torch.tensor([float(truth)])))
-    assert found.item() == pytest.approx(score * TYPICAL, abs=1e-6)
+    assert found.item() == pytest.approx(score, abs=1e-6)
 
 
 def test_the_truth_is_the_best_sampler():
@@ -66,7 +66,7 @@ def test_the_truth_is_the_best_sampler():
         return (torch.rand(shape, generator=rng) < probability).float()
 
     def expected(draws: Tensor) -> float:
-        return plain_score()(even(draws), even(drawn(p, cases))).item() / TYPICAL
+        return plain_score()(even(draws), even(drawn(p, cases))).item()
 
     honest = expected(drawn(p, 4, cases))
     assert honest == pytest.approx(p * (1 - p), abs=0.02)
@@ -75,30 +75,44 @@ def test_the_truth_is_the_best_sampler():
     assert expected(drawn(0.6, 4, cases)) == pytest.approx(p * 0.4 + 0.6 * (1 - p) - 0.6 * 0.4, abs=0.02)
 
 
-def test_every_scale_is_heard():
-    """A mask and its mirror image differ in voxels and in blocks, and not in volume."""
+def test_voxels_that_belong_together_are_drawn_together():
+    """Of coins with the same chance everywhere, one a mask or one a voxel: each law is told best by itself."""
+    rng = generator(4)
+
+    def coins(n: int, together: bool) -> Tensor:
+        shape = (n, 1, 1, 1) if together else (n, 1, SIDE, SIDE)
+        return (torch.rand(shape, generator=rng) < 0.5).float().expand(n, 1, SIDE, SIDE)
+
+    def expected(drawn_together: bool, true_together: bool, n: int = 1500) -> float:
+        draws = torch.stack([coins(n, drawn_together) for _ in range(3)])
+        return plain_score()(draws, coins(n, true_together)).item()
+
+    assert expected(True, True) < expected(False, True) - 0.05
+    assert expected(False, False) < expected(True, False) - 0.05
+
+
+def test_every_size_of_block_is_heard():
+    """A mask and its mirror image differ in every block of up to 16, and not in volume."""
     truth = torch.zeros(1, 1, 32, 32)
     truth[..., :16] = 1
     drawn = truth.flip(-1).expand(2, -1, -1, -1, -1)
-    expected = (math.sqrt(32**2) + math.sqrt(8**2) + math.sqrt(2**2) + 0) / 4
-    assert plain_score()(drawn, truth).item() == pytest.approx(expected)
+    assert plain_score()(drawn, truth).item() == pytest.approx(len(BLOCKS) / (len(BLOCKS) + 1))
 
 
-def test_classes_are_scored_alone_and_together():
-    """Of two classes one is wrong by 1 everywhere, then both: alone T/2 and T, together T and sqrt(2) T."""
+def test_classes_are_scored_one_by_one():
     right, wrong = torch.ones(1, 1, SIDE, SIDE), torch.zeros(1, 1, SIDE, SIDE)
 
     def score(*drawn: Tensor) -> float:
         twice = torch.cat(drawn, 1).expand(2, 1, 2, SIDE, SIDE)
-        return plain_score(2)(twice, torch.cat([right, right], 1)).item() / TYPICAL
+        return plain_score(2)(twice, torch.cat([right, right], 1)).item()
 
-    assert score(wrong, right) == score(right, wrong) == pytest.approx((1 / 2 + 1) / 2)
-    assert score(wrong, wrong) == pytest.approx((1 + math.sqrt(2)) / 2)
+    assert score(wrong, right) == score(right, wrong) == pytest.approx(1 / 2)
+    assert score(wrong, wrong) == pytest.approx(1)
 
 
 def test_a_rare_class_is_heard_as_loudly_as_a_common_one():
     """Each is divided by its own distance, which is typical of it."""
-    truth, score = torch.zeros(1, 2, SIDE, SIDE), EnergyScore(2)
+    truth, score = torch.zeros(1, 2, SIDE, SIDE), VolumeScore(2)
     drawn = truth.repeat(2, 1, 1, 1, 1)
     drawn[:, :, 0, :8], drawn[:, :, 1, 0, 0] = 1, 1
     score(drawn, truth)
@@ -106,23 +120,31 @@ def test_a_rare_class_is_heard_as_loudly_as_a_common_one():
     for k in (0, 1):
         alone = drawn.clone()
         alone[:, :, 1 - k] = 0
-        together = (score.typical[:, k] / score.typical[:, 2]).mean().item()
-        assert score.eval()(alone, truth).item() == pytest.approx((1 / 2 + together) / 2, rel=1e-4)
+        assert score.eval()(alone, truth).item() == pytest.approx(1 / 2, rel=1e-4)
 
 
 def test_scales_are_learned_in_training_only():
-    score = EnergyScore(1, decay=0.9)
+    score = VolumeScore(1, decay=0.9)
     far, near = even(torch.zeros(2, 1)), even(torch.full((2, 1), 0.5))
-    truth = even(torch.ones(1))
+    truth = even(torch.full((1,), 0.8))
     assert score(far, truth).item() == pytest.approx(1), "the first distance is the scale"
     first = score.typical.clone()
-    assert first.tolist() == [pytest.approx([scale, scale]) for scale in (16, 4, 1, 1)]
+    torch.testing.assert_close(first, torch.full((len(BLOCKS) + 1, 1), 0.8))
     score(near, truth)
-    torch.testing.assert_close(score.typical, first * (0.9 + 0.1 / 2))
+    torch.testing.assert_close(score.typical, first * 0.9 + 0.1 * 0.3)
     second = score.eval().typical.clone()
-    assert score(far, truth).item() == pytest.approx(1 / 0.95)
+    assert score(far, truth).item() == pytest.approx(0.8 / 0.75)
     assert torch.equal(score.typical, second)
     assert torch.equal(score.state_dict()["typical"], second), "a run resumes with its scales"
+
+
+def test_drawn_masks_are_hard_and_their_gradient_is_soft():
+    logits = torch.tensor([[[[2.0, -1.0]], [[1.0, 3.0]]]])[:, None].requires_grad_()
+    found = hard(logits)
+    torch.testing.assert_close(found.detach()[0, 0, :, 0], torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    weight = torch.tensor([[[[0.3, -2.0]], [[1.0, 0.7]]]])[:, None]
+    gradient = torch.autograd.grad((weight * found).sum(), logits)[0]
+    torch.testing.assert_close(gradient, torch.autograd.grad((weight * logits.softmax(2)).sum(), logits)[0])
 
 
 def test_a_perfect_draw_has_a_finite_gradient():
@@ -188,7 +210,7 @@ def test_losses_call_the_wrapped_network_once():
         kind: Watched(build_network(kind, 2, 1, 3, (8, 8, 8, 8), size=(32, 16))) for kind in ("conditional", "unet")
     }
     conditional_loss(
-        networks["conditional"], image, labels, level, *noises(), **OPTIONS, **EQUAL, score=EnergyScore(3)
+        networks["conditional"], image, labels, level, *noises(), **OPTIONS, **EQUAL, score=VolumeScore(3)
     ).backward()
     unet_loss(networks["unet"], image, labels, classes=3).backward()
     networks["unconditional"] = Watched(build_generator("unconditional", 2, 1, 1, (8, 8, 8, 8)))
@@ -266,7 +288,7 @@ def test_draws_share_a_noisy_mask_that_vanishes_at_pure_noise():
     network = Watched(build_network("conditional", 2, 1, 3, (8, 8, 8, 8), size=(32, 16)))
     level = torch.tensor([0.0, 1.0])
     noise = noises()
-    conditional_loss(network, image, labels, level, *noise, **OPTIONS, **EQUAL, score=EnergyScore(3))
+    conditional_loss(network, image, labels, level, *noise, **OPTIONS, **EQUAL, score=VolumeScore(3))
     [(_, x_t, found_level, *of_draws)] = network.calls
     assert x_t.shape == (1, 2, 3, 8, 4)
     assert torch.equal(found_level, level)

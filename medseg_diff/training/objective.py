@@ -1,7 +1,7 @@
 """What training minimizes. Every loss calls the network that it is given, wrapped or not."""
 
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,9 @@ from medseg_diff.diffusion.masks import input_scale, one_hot, pool, to_analog
 from medseg_diff.diffusion.process import add_noise, input_scale_wiener, target, x0_from
 from medseg_diff.networks.conditional import STRIDE
 
+BLOCKS = (2, 4, 8, 16)
+"""Sides in voxels of the blocks whose volumes are scored."""
+
 CONDITION_CE = 10.0
 """beta of MedSegDiff-V2, the weight of cross-entropy beside Dice on the condition model: as large as we recall it."""
 
@@ -21,35 +24,37 @@ Labels = Int[Tensor, "batch *space"]
 Level = Float[Tensor, "batch"]
 
 
-class EnergyScore(nn.Module):
-    """Multi-scale energy score of drawn masks: a proper score of their distribution (Gneiting & Raftery 2007, eq. 21).
+class VolumeScore(nn.Module):
+    """How well draws tell the volumes of a mask: the continuous ranked probability score, block by block.
 
-    E |P - y| - E |P - P'| / 2, without bias (i != j), averaged over the mask itself, its blocks of 4 and of 16 voxels
-    and its total volumes, of every class alone and of all together. Each is divided by its running mean distance, since
-    the finest and the largest would drown the others.
+    E |V - v| - E |V - V'| / 2, without bias (V and V' of different draws; Gneiting & Raftery 2007, eq. 21), of the volume
+    of every class in blocks of 2, 4, 8 and 16 voxels a side and in the whole crop: proper for each of them, and together
+    they tell which voxels are drawn together. Each size and class is divided by its running mean distance |V - v|,
+    since the largest would drown the others. The energy score of all blocks at once would not do: where the truth has
+    many small independent errors, it is least for draws that vary too much in few directions.
     """
 
     def __init__(self, classes: int, decay: float = 0.99) -> None:
         super().__init__()
         self.decay = decay
         self.typical: Tensor
-        self.register_buffer("typical", torch.zeros(4, classes + 1))
+        self.register_buffer("typical", torch.zeros(len(BLOCKS) + 1, classes))
 
     def forward(
         self, drawn: Float[Tensor, "draws batch classes *space"], truth: Float[Tensor, "batch classes *space"]
     ) -> Float[Tensor, ""]:
-        """Probabilities drawn (2 or more), against the one-hot truth."""
+        """Masks drawn (2 or more), against the one-hot truth."""
         scores = []
-        for scale, (d, y) in enumerate(zip(_scales(drawn), _scales(truth[None]), strict=True)):
-            error = _distances(d, y).mean((0, 1))
-            spread = torch.stack([_distances(a, b) for a, b in combinations(d.split(1), 2)]).mean((0, 1, 2))
+        for scale, volumes in enumerate(_volumes(torch.cat([drawn, truth[None]]))):
+            *of_draws, reference = volumes
+            error = torch.stack([_apart(v, reference) for v in of_draws]).mean(0)
+            spread = torch.stack([_apart(a, b) for a, b in combinations(of_draws, 2)]).mean(0)
             if self.training:
                 found = error.detach()
                 old = self.typical[scale]
                 self.typical[scale] = torch.where(old > 0, self.decay * old + (1 - self.decay) * found, found)
             scores.append((error - spread / 2) / self.typical[scale].clamp_min(1e-6))
-        *alone, together = torch.stack(scores).mean(0)
-        return (torch.stack(alone).mean() + together) / 2
+        return torch.stack(scores).mean()
 
 
 def conditional_loss(
@@ -64,17 +69,26 @@ def conditional_loss(
     classes: int,
     scale: float,
     mean_weight: float,
-    score: EnergyScore,
+    score: VolumeScore,
     class_weight: Float[Tensor, "{classes}"],
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the mean head, energy score of the draws. All draws of an image share one noisy mask x_t."""
+    """Cross-entropy of the mean head, score of the draws. All draws of an image share one noisy mask x_t."""
     truth = one_hot(labels, classes)
     x_0 = to_analog(pool(truth, STRIDE), scale)
     x_t = add_noise(x_0, noise, alpha_bar)
     state = (_along(input_scale_wiener(alpha_bar, scale), x_t) * x_t)[None]
     mean_logits, drawn_logits = network(image, state, alpha_bar.to(image), shared.movedim(1, 0), fields.movedim(1, 0))
     cross_entropy = weighted_cross_entropy(mean_logits.float(), labels, class_weight)
-    return mean_weight * cross_entropy + score(drawn_logits.float().softmax(2), truth)
+    return mean_weight * cross_entropy + score(hard(drawn_logits.float()), truth)
+
+
+def hard(logits: Float[Tensor, "draws batch classes *space"]) -> Float[Tensor, "draws batch classes *space"]:
+    """One-hot masks, with the gradient of the softmax (straight-through, Jang et al. 2017).
+
+    Scored soft, masks would have to vary more than the truth does before their volumes vary as much.
+    """
+    soft = logits.softmax(2)
+    return soft + ((logits == logits.amax(2, keepdim=True)).to(soft) - soft).detach()
 
 
 def weighted_cross_entropy(
@@ -179,18 +193,18 @@ def _along(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(x).reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def _scales(
-    mask: Float[Tensor, "draws batch classes *space"],
-) -> Iterator[Float[Tensor, "draws batch classes features"]]:
-    yield mask.flatten(3)
-    for block in (4, 16):
-        yield pool(mask.flatten(0, 1), block).unflatten(0, mask.shape[:2]).flatten(3)
-    yield mask.flatten(3).mean(-1, keepdim=True)
+def _volumes(
+    masks: Float[Tensor, "masks batch classes *space"],
+) -> Iterator[Float[Tensor, "masks batch classes blocks"]]:
+    """The share of each class in every block, from small blocks to large, and in the whole."""
+    blocks = masks.flatten(0, 1)
+    for smaller, size in pairwise((1, *BLOCKS)):
+        blocks = pool(blocks, size // smaller)
+        yield blocks.unflatten(0, masks.shape[:2]).flatten(3)
+    yield masks.flatten(3).mean(-1, keepdim=True)
 
 
-def _distances(
-    a: Float[Tensor, "draws batch classes features"], b: Float[Tensor, "#draws batch classes features"]
-) -> Float[Tensor, "draws batch distances"]:
-    """Of every class alone, and of all together."""
-    squared = (a - b).square().sum(-1)
-    return torch.cat([squared, squared.sum(-1, keepdim=True)], dim=-1).clamp_min(1e-12).sqrt()
+def _apart(
+    a: Float[Tensor, "batch classes blocks"], b: Float[Tensor, "batch classes blocks"]
+) -> Float[Tensor, "classes"]:
+    return (a - b).abs().mean((0, 2))

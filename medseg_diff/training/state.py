@@ -1,15 +1,18 @@
 """All that a run needs to go on. The random numbers of a step come from the seed and the step alone."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from medseg_diff.checkpoint import build, load_state, save_state
 from medseg_diff.config import Config
-from medseg_diff.training.objective import EnergyScore
+from medseg_diff.datasets.cache import Volume
+from medseg_diff.training.objective import VolumeScore, class_weights
 
 PARTS = ("network", "average", "optimizer", "score")
 
@@ -25,7 +28,7 @@ class State:
     network: nn.Module
     average: nn.Module
     optimizer: torch.optim.Optimizer
-    score: EnergyScore
+    score: VolumeScore
     class_weight: Tensor
     step: int = 0
     elapsed_s: float = 0.0
@@ -55,12 +58,22 @@ class State:
         return max(self.step / steps, self.elapsed_s / 60 / max_minutes if max_minutes else 0.0)
 
 
-def begin(config: Config, channels: int, classes: int, device: torch.device) -> State:
-    """A run at step 0, its weights drawn from the seed."""
+def begin(
+    config: Config, channels: int, classes: int, device: torch.device, volumes: Sequence[Volume] = ()
+) -> State:
+    """A run at step 0, its weights drawn from the seed; `volumes` tell how rare each class is."""
     network = build(config, channels, classes).to(device)
     average = copy.deepcopy(network).requires_grad_(False)
     decay = config.train.weight_decay
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=config.train.lr, betas=(0.9, 0.99), weight_decay=decay, fused=True
     )
-    return State(network, average, optimizer, EnergyScore(classes).to(device), torch.ones(classes, device=device))
+    known = volumes and config.network.kind == "conditional"
+    weight = class_weights(class_shares(volumes, classes)) if known else torch.ones(classes)
+    return State(network, average, optimizer, VolumeScore(classes).to(device), weight.to(device))
+
+
+def class_shares(volumes: Sequence[Volume], classes: int) -> Float[Tensor, "classes"]:
+    """The share of the voxels that each class has."""
+    counts = torch.stack([torch.bincount(volume.labels.flatten(), minlength=classes) for volume in volumes]).sum(0)
+    return counts / counts.sum()

@@ -16,10 +16,14 @@ from medseg_diff.diffusion.masks import one_hot, to_analog
 from medseg_diff.diffusion.schedule import alpha_bar
 from medseg_diff.errors import UserError
 from medseg_diff.training.batch import Batch, draw_step
-from medseg_diff.training.objective import EnergyScore, conditional_loss, generation_loss, mask_loss, unet_loss
+from medseg_diff.training.objective import VolumeScore, conditional_loss, generation_loss, mask_loss, unet_loss
 from medseg_diff.training.state import State
 
 MOST_SKIPPED = 50
+
+AUGMENTED = 0.75
+"""Share of the budget in which augmentation is on. Scans as they are come last: augmented ones are harder, and a network
+that saw nothing else expects errors that it does not make."""
 
 
 def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: int) -> float:
@@ -30,7 +34,9 @@ def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: 
     """
     state.optimizer.zero_grad(set_to_none=True)
     device, passes = next(state.network.parameters()).device, config.train.accumulate
-    batch = draw_step(config, volumes, classes, (config.seed, state.step), device, config.train.augment)
+    spent = state.spent(config.train.steps, config.train.max_minutes)
+    augmented = config.train.augment and spent < AUGMENTED
+    batch = draw_step(config, volumes, classes, (config.seed, state.step), device, augmented)
     loss = torch.zeros((), device=device)
     teach_condition = state.step % config.train.condition_every == 0
     for part in batch.parts(passes):
@@ -53,7 +59,7 @@ def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: 
 
 def loss_of(
     network: nn.Module,
-    score: EnergyScore,
+    score: VolumeScore,
     config: Config,
     batch: Batch,
     class_weight: Float[Tensor, "classes"],
@@ -107,7 +113,7 @@ def held_out_loss(
             with autocast(device, _precision(config, device)):
                 return cross_entropy(network.encode(batch.image).mean_logits, batch.labels)
         return loss_of(
-            network, EnergyScore(classes), config, batch, torch.ones(classes, device=device), teach_condition=False
+            network, VolumeScore(classes), config, batch, torch.ones(classes, device=device), teach_condition=False
         )
 
 
