@@ -3,6 +3,7 @@
 `nnunet_driver.py` is what runs there.
 """
 
+import fcntl
 import json
 import os
 import subprocess
@@ -34,19 +35,19 @@ def environment(results: Path = HOME / "results") -> dict[str, str]:
 
 def set_up(data: Path) -> None:
     """The environment, the data set in nnU-Net's layout, its plans and preprocessed volumes; what is there stays."""
-    python = HOME / ".venv/bin/python"
-    if not (HOME / "installed").exists():
-        HOME.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, "-m", "venv", HOME / ".venv"], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES], check=True)
-        (HOME / "installed").touch()
-    dataset = read_dataset(data)
-    if not (HOME / "prepared").exists():
-        write_raw(dataset, HOME / "raw" / NAME)
-        words = ["-d", "4", "-c", "2d", "3d_fullres", "-np", "1", "1", "-npfp", "1", "--no_pbar"]
-        command = [HOME / ".venv/bin/nnUNetv2_plan_and_preprocess", *words]
-        subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
-        (HOME / "prepared").touch()
+    HOME.mkdir(parents=True, exist_ok=True)
+    with (HOME / "lock").open("w") as lock:  # two runs may begin at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (HOME / "installed").exists():
+            subprocess.run([sys.executable, "-m", "venv", HOME / ".venv"], check=True)
+            subprocess.run([HOME / ".venv/bin/python", "-m", "pip", "install", "-q", *PACKAGES], check=True)
+            (HOME / "installed").touch()
+        if not (HOME / "prepared").exists():
+            write_raw(read_dataset(data), HOME / "raw" / NAME)
+            words = ["-d", "4", "-c", "2d", "3d_fullres", "-np", "1", "1", "-npfp", "1", "--no_pbar"]
+            command = [HOME / ".venv/bin/nnUNetv2_plan_and_preprocess", *words]
+            subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
+            (HOME / "prepared").touch()
 
 
 def write_raw(dataset: Dataset, folder: Path) -> None:
