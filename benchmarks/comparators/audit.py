@@ -71,8 +71,9 @@ def replaced(model: Model, replace: Replace | None) -> Iterator[None]:
     """Stands between sampler and denoiser."""
 
     def before(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        features, x_t, level, *noises = arguments
-        return features, *replace(x_t, level), *noises
+        features, x_t, level, shared, fields = arguments
+        one_each = x_t.expand(len(shared), *x_t.shape[1:])
+        return features, *replace(one_each, level), shared, fields
 
     handle = model.network.denoiser.register_forward_pre_hook(before) if replace else None
     try:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from comparators.protocol import CPU, Prediction, over_volume, within
+from comparators.protocol import CPU, Prediction, over_volume, timed, within
 from medseg_diff.checkpoint import Model
 from medseg_diff.checkpoint import build as build_unet
 from medseg_diff.config import Config
@@ -40,12 +40,13 @@ class Dropout(nn.Module):
 
 def train(volumes: Sequence[Volume], config: Config, classes: int, cpu_seconds: float) -> tuple[nn.Module, int]:
     torch.manual_seed(config.seed)
-    state = begin(config, len(volumes[0].image), classes, CPU)
+    config = timed(config, cpu_seconds)
+    state = begin(config, len(volumes[0].image), classes, CPU, volumes)
     with_dropout(state.network)
     with_dropout(state.average)
 
-    def step(count: int) -> None:
-        state.step = count
+    def step(count: int, spent: float) -> None:
+        state.step, state.elapsed_s = count, spent * cpu_seconds
         take_step(state, config, volumes, classes)
 
     return state.average, within(cpu_seconds, config, state.optimizer, step)

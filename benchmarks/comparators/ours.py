@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from comparators.protocol import CPU, Prediction, within
+from comparators.protocol import CPU, Prediction, timed, within
 from medseg_diff.checkpoint import Model, build
 from medseg_diff.config import SAMPLING, Config
 from medseg_diff.datasets.cache import Volume
@@ -19,10 +19,11 @@ __all__ = ["build", "predict", "train"]
 
 def train(volumes: Sequence[Volume], config: Config, classes: int, cpu_seconds: float) -> tuple[nn.Module, int]:
     """The moving average of the weights after so much CPU time, and the steps."""
-    state = begin(config, len(volumes[0].image), classes, CPU)
+    config = timed(config, cpu_seconds)
+    state = begin(config, len(volumes[0].image), classes, CPU, volumes)
 
-    def step(count: int) -> None:
-        state.step = count
+    def step(count: int, spent: float) -> None:
+        state.step, state.elapsed_s = count, spent * cpu_seconds
         take_step(state, config, volumes, classes)
 
     steps = within(cpu_seconds, config, state.optimizer, step)

@@ -26,7 +26,7 @@ from medseg_diff.datasets.pipeline import outside, preprocessing
 from medseg_diff.datasets.slices import cut, with_neighbours
 from medseg_diff.device import autocast
 from medseg_diff.training.batch import draw_step
-from medseg_diff.training.step import set_learning_rate
+from medseg_diff.training.step import AUGMENTED, set_learning_rate
 from medseg_diff.windows import pad_to_stride
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,12 +90,22 @@ def model_of(network: nn.Module, config: Config, dataset: Dataset) -> Model:
     return Model(network.eval().requires_grad_(False), about, Path("in memory"), "", CPU)
 
 
-def within(cpu_seconds: float, config: Config, optimizer: torch.optim.Optimizer, step: Callable[[int], object]) -> int:
-    """Steps until the CPU time of this process is spent, under train's own course of the learning rate."""
+def timed(config: Config, cpu_seconds: float) -> Config:
+    """The configuration with this budget, of which `take_step` asks how much is spent."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"max_minutes": cpu_seconds / 60})})
+
+
+def within(
+    cpu_seconds: float, config: Config, optimizer: torch.optim.Optimizer, step: Callable[[int, float], object]
+) -> int:
+    """Steps until the CPU time of this process is spent, under train's own course of the learning rate.
+
+    A step is told how many were before it, and the share of the budget that is spent.
+    """
     begun, count = time.process_time(), 0
     while (spent := (time.process_time() - begun) / cpu_seconds) < 1:
         set_learning_rate(optimizer, config.train.lr, config.train.warmup, spent)
-        step(count)
+        step(count, spent)
         count += 1
     return count
 
@@ -118,8 +128,9 @@ def fit(
         network.parameters(), lr=train.lr, betas=(0.9, 0.99), weight_decay=train.weight_decay, fused=True
     )
 
-    def step(count: int) -> None:
-        batch = draw_step(config, volumes, classes, (config.seed, count), CPU, train.augment)
+    def step(count: int, spent: float) -> None:
+        augmented = train.augment and spent < AUGMENTED
+        batch = draw_step(config, volumes, classes, (config.seed, count), CPU, augmented)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + count)
         optimizer.zero_grad(set_to_none=True)
         with autocast(CPU, train.precision):
