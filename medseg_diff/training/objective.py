@@ -27,11 +27,11 @@ Level = Float[Tensor, "batch"]
 class VolumeScore(nn.Module):
     """How well draws tell the volumes of a mask: the continuous ranked probability score, block by block.
 
-    E |V - v| - E |V - V'| / 2, without bias (V and V' of different draws; Gneiting & Raftery 2007, eq. 21), of the volume
-    of every class in blocks of 2, 4, 8 and 16 voxels a side and in the whole crop: proper for each of them, and together
-    they tell which voxels are drawn together. Each size and class is divided by its running mean distance |V - v|,
-    since the largest would drown the others. The energy score of all blocks at once would not do: where the truth has
-    many small independent errors, it is least for draws that vary too much in few directions.
+    E |V - v| - E |V - V'| / 2, without bias (V and V' of different draws; Gneiting & Raftery 2007, eq. 21), of the
+    volume of every class in blocks of 2, 4, 8 and 16 voxels a side and in the whole crop. It is proper for each of
+    them, and together they tell which voxels are drawn together. Each size and class is divided by its running mean
+    distance |V - v|, since the largest would drown the others. The energy score of all blocks at once would not do:
+    where the truth has many small independent errors, it is least for draws that vary too much in few directions.
     """
 
     def __init__(self, classes: int, decay: float = 0.99) -> None:

@@ -58,9 +58,7 @@ class State:
         return max(self.step / steps, self.elapsed_s / 60 / max_minutes if max_minutes else 0.0)
 
 
-def begin(
-    config: Config, channels: int, classes: int, device: torch.device, volumes: Sequence[Volume] = ()
-) -> State:
+def begin(config: Config, channels: int, classes: int, device: torch.device, volumes: Sequence[Volume] = ()) -> State:
     """A run at step 0, its weights drawn from the seed; `volumes` tell how rare each class is."""
     network = build(config, channels, classes).to(device)
     average = copy.deepcopy(network).requires_grad_(False)

@@ -22,8 +22,8 @@ from medseg_diff.training.state import State
 MOST_SKIPPED = 50
 
 AUGMENTED = 0.75
-"""Share of the budget in which augmentation is on. Scans as they are come last: augmented ones are harder, and a network
-that saw nothing else expects errors that it does not make."""
+"""Share of the budget in which augmentation is on. Scans as they are come last: augmented ones are harder, and a
+network that saw nothing else expects errors that it does not make."""
 
 
 def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: int) -> float:
