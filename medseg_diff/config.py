@@ -124,7 +124,7 @@ class Train(_Section):
     condition_every: Count = 5
     """Of medsegdiff_v2: every so many steps Dice and cross-entropy teach the condition model."""
     augment: bool = True
-    """Rotate, scale, shift, and change the intensities of what is trained on, but for the last quarter of the budget."""
+    """Rotate, scale, shift, and change the intensities of what is trained on, but in the last quarter of the budget."""
     checkpoint_every: Count = 200
     """Steps between two states to resume from."""
     validations: Count = 4
