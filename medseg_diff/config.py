@@ -131,7 +131,7 @@ class Train(_Section):
     """Validations over the budget, evenly spaced, the last one at its end."""
     patience: Count | None = 3
     """Training ends early when so many validations in a row are no better than the best, which is kept: conditional by
-    the NLL, which rises when the uncertainty over-fits, others by Dice. null: never. It does nothing where validations
+    the NLL at its temperature, others by Dice. null: never. It does nothing where validations
     is not larger by 2. The learning rate follows its cosine over the whole budget: what ends early has not annealed."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on CUDA and on processors that are fast in it, fp32 elsewhere."""

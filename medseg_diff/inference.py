@@ -141,17 +141,18 @@ class Noise:
         """What all of the volume shares."""
         return self._draw((1, sample_index, call), (self.classes, SHARED))
 
-    def fields(self, sample_index: int, call: int, window: Window) -> Float[Tensor, "classes scales *half"]:
-        """The window's part. The white noise beneath repeats after REPEAT cells: a whole CT's would fill the memory."""
+    def fields(self, samples: range, call: int, window: Window) -> Float[Tensor, "draws classes scales *half"]:
+        """The window's part. White noise repeats after REPEAT cells: that of a whole CT would fill the memory."""
         found = []
         for scale, spacing in enumerate(SPACINGS):
             reached = [cells(a, length, spacing) for a, length in zip(window.start, window.size, strict=True)]
             lengths = [min(REPEAT, len(cells(0, length, spacing))) for length in self.padded]
-            white = self._draw((2 + scale, sample_index, call), (self.classes, *lengths))
-            for axis, (along, length) in enumerate(zip(reached, lengths, strict=True), start=1):
+            shape = self.classes, *lengths
+            white = torch.stack([self._draw((2 + scale, index, call), shape) for index in samples])
+            for axis, (along, length) in enumerate(zip(reached, lengths, strict=True), start=2):
                 white = white.index_select(axis, torch.tensor([place % length for place in along]))
             found.append(smooth(white, window.start, window.size, spacing))
-        return torch.stack(found, dim=1)
+        return torch.stack(found, dim=2)
 
     def _draw(self, key: tuple[int, int, int], shape: tuple[int, ...]) -> Tensor:
         whole = self.kept.get(key)
@@ -234,9 +235,11 @@ def _draw_at_once(
     config = model.about.config
     scale, batch = config.diffusion.scale, len(features.mean_logits)
 
-    def of_batch(draw_one: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        drawn = torch.stack([draw_one(index, *arguments) for index in group]).to(model.device)
-        return drawn[:, None].expand(-1, batch, *drawn.shape[1:])
+    def of_batch(drawn: Tensor) -> Tensor:
+        return drawn.to(model.device)[:, None].expand(-1, batch, *drawn.shape[1:])
+
+    def maps(step: int) -> Tensor:
+        return of_batch(torch.stack([noise.map(index, step, window) for index in group]))
 
     logits, call = torch.empty(0), 0
 
@@ -244,7 +247,8 @@ def _draw_at_once(
         nonlocal logits, call
         level = alpha_bar.to(x_t).expand(batch)
         state = input_scale_wiener(level[0], scale) * (x_t[:1] if alpha_bar == 0 else x_t)  # pure noise says nothing
-        shared, fields = of_batch(noise.vector, call), of_batch(noise.fields, call, window)
+        shared = of_batch(torch.stack([noise.vector(index, call) for index in group]))
+        fields = of_batch(noise.fields(group, call, window))
         call += 1
         with autocast(model.device, config.train.precision):
             logits = model.network.denoiser(features, state, level, shared, fields)
@@ -252,9 +256,13 @@ def _draw_at_once(
             watch(x_t, logits.softmax(2))
         if call == steps:
             return x_t  # nobody reads on: the logits are the answer
-        return to_analog(pool(logits.softmax(2).flatten(0, 1), STRIDE), scale).unflatten(0, (-1, batch))
+        drawn = one_hot(to_labels(logits.flatten(0, 1)), logits.shape[2])
+        return to_analog(pool(drawn, STRIDE), scale).unflatten(0, (-1, batch))
 
-    draw(config, denoise, of_batch(noise.map, 0, window), steps, lambda step: of_batch(noise.map, step + 1, window))
+    unseen = steps == 1 and watch is None  # pure noise, which the network is not shown
+    coarse = (length // STRIDE for length in window.size)
+    x_T = torch.zeros(1, batch, noise.classes, *coarse, device=model.device) if unseen else maps(0)
+    draw(config, denoise, x_T, steps, lambda step: maps(step + 1))
     return logits
 
 

@@ -208,6 +208,9 @@ def test_draws_are_sampled_as_configured(sampler, method):
     """The noise of a draw is fresh at every call, and pure noise is one x_t for all; the last draw is reported."""
     scale, noise, calls, drawn = 0.3, Noise(SEED, CLASSES, (SIDE, SIDE), 4), [], []
 
+    def one_fields(index: int, call: int, window: Window) -> Tensor:
+        return noise.fields(range(index, index + 1), call, window)[0]
+
     def of_slices(one: Callable[..., Tensor], *arguments: Any) -> Tensor:
         of_samples = torch.stack([one(index, *arguments) for index in range(SAMPLES)])
         return of_samples[:, None].expand(-1, SLICES, *of_samples.shape[1:])
@@ -216,7 +219,7 @@ def test_draws_are_sampled_as_configured(sampler, method):
         a = float(alpha_bar)
         x = a**0.5 * scale / (a * scale**2 + 1 - a) * x_t if calls else torch.zeros(1, *x_t.shape[1:])
         call = len(calls)
-        calls.append((x, alpha_bar, of_slices(noise.vector, call), of_slices(noise.fields, call, WINDOW)))
+        calls.append((x, alpha_bar, of_slices(noise.vector, call), of_slices(one_fields, call, WINDOW)))
         drawn.append(mask_logits(x, alpha_bar, *calls[-1][2:]).softmax(2))
         return scale * (2 * nn.functional.avg_pool2d(drawn[-1].flatten(0, 1), 4) - 1).unflatten(0, x_t.shape[:2])
 

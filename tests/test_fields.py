@@ -1,8 +1,7 @@
 import pytest
 import torch
-from torch.nn import functional
 
-from medseg_diff.diffusion.fields import REACH, SPACINGS, cells, double, gumbel, smooth
+from medseg_diff.diffusion.fields import REACH, SPACINGS, cells, gumbel, kernel, smooth
 
 
 def white(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -50,12 +49,10 @@ def test_what_a_box_needs_reaches_beyond_it():
     assert cells(24, 16, 16) == range(1 - REACH, 3 + REACH)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 3, 4, 5, 6), (1, 1, 1, 2)])
-def test_doubling_is_linear_interpolation(shape):
-    x = white(*shape)
-    mode = {4: "bilinear", 5: "trilinear"}[len(shape)]
-    expected = functional.interpolate(x, scale_factor=2, mode=mode, align_corners=False)
-    torch.testing.assert_close(double(x, len(shape) - 2), expected)
+def test_a_box_off_the_grid_is_an_error():
+    for start, length in ((1, 32), (0, 15)):
+        with pytest.raises(ValueError, match="pad it"):
+            kernel(start, length, 4)
 
 
 def test_gumbel_noise_draws_what_is_probable():

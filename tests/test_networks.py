@@ -110,10 +110,7 @@ def test_a_gradient_reaches_every_parameter(kind):
 
 @pytest.fixture(scope="module")
 def pure() -> tuple[Tensor, Tensor]:
-    """Of a network of random weights: the mean head's logits for a few small images, and 4000 draws at pure noise.
-
-    Only the corners of an image lie at places of the half-resolution grid; all other voxels lie between.
-    """
+    """Of a network of random weights: the mean head's logits for a few small images, and 4000 draws at pure noise."""
     network, batch, draws, side = conditional(), 8, 4000, 8
     white = [random(draws, batch, 3, *[len(cells(0, side, n))] * 2, seed=n) for n in SPACINGS]
     fields = torch.stack([smooth(w, (0, 0), (side, side), n) for w, n in zip(white, SPACINGS, strict=True)], 3)
@@ -121,10 +118,6 @@ def pure() -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         mean, drawn = network(3 * random(batch, 1, side, side), x_t, torch.zeros(batch), shared, fields)
     return mean, drawn
-
-
-def corners(x: Tensor) -> Tensor:
-    return x[..., ::7, ::7]
 
 
 def shares(drawn: Tensor) -> Tensor:
@@ -135,22 +128,17 @@ def shares(drawn: Tensor) -> Tensor:
 def test_a_voxel_is_drawn_with_the_mean_heads_probabilities(pure):
     """Exactly, whatever the weights: what remains is the error of counting, here against four standard deviations."""
     mean, drawn = pure
-    p = corners(mean.softmax(1))
+    p = mean.softmax(1)
     assert p.std() > 0.1, "probabilities that differ"
-    assert ((corners(shares(drawn)) - p).abs() < 4 * (p * (1 - p) / len(drawn)).sqrt() + 1e-3).all()
-
-
-def test_between_places_the_noise_is_a_little_weaker(pure):
-    mean, drawn = pure
-    apart = shares(drawn) - mean.softmax(1)
-    likeliest = apart.gather(1, mean.argmax(1, keepdim=True))
-    assert 0 < likeliest.mean() < 0.06, "weaker noise makes the likeliest label likelier"
-    assert apart.abs().max() < 0.2
+    assert p.min() < 0.01, "and rare labels among them"
+    errors = (shares(drawn) - p) / (p * (1 - p) / len(drawn)).sqrt().clamp_min(1e-4)
+    assert errors.abs().max() < 5
+    assert errors.mean().abs() < 0.1
 
 
 def test_the_noise_of_a_voxel_is_gumbels(pure):
     """Its weights have unit norm, so mean and variance are Gumbel's; the logits of draws are sharper by one factor."""
-    mean, drawn = map(corners, pure)
+    mean, drawn = pure
     sharpness = torch.cov(torch.stack([mean.flatten(), drawn.mean(0).flatten()]))[0, 1] / mean.var()
     noise = drawn / sharpness - mean
     assert noise.mean(0).sub(0.5772).abs().max() < 0.1
@@ -176,7 +164,7 @@ def test_one_noisy_mask_serves_all_draws(dims):
     image, x_t, *noise = inputs(dims, 3)
     _, one = network(image, x_t[:1], *noise)
     _, repeated = network(image, x_t[:1].expand_as(x_t), *noise)
-    torch.testing.assert_close(one, repeated, atol=1e-4, rtol=0)
+    torch.testing.assert_close(one, repeated, atol=1e-3, rtol=1e-4)
 
 
 def test_what_the_encoder_computes_serves_every_noise():

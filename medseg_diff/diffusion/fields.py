@@ -36,13 +36,15 @@ def smooth(
 
     Every value has variance 1 exactly: the weights on each axis have unit norm.
     """
-    for axis, (a, length) in enumerate(zip(start, size, strict=True), start=-len(start)):
-        white = along(kernel(a, length, spacing).to(white), white, axis)
+    for axis in range(-1, -len(start) - 1, -1):
+        white = along(kernel(start[axis], size[axis], spacing).to(white), white, axis)
     return white
 
 
 def kernel(start: int, length: int, spacing: int) -> Float[Tensor, "places cells"]:
     """Weights of the cells at the places of a grid of half resolution; rows of unit norm."""
+    if start % COARSE or length % COARSE:
+        raise ValueError(f"a box from {start}, {length} long, does not fit the grid of {COARSE} voxels; pad it")
     places = start + COARSE * (torch.arange(length // COARSE) + 0.5)
     reached = cells(start, length, spacing)
     centres = spacing * (torch.arange(reached.start, reached.stop) + 0.5)
@@ -59,19 +61,7 @@ def along(matrix: Float[Tensor, "out in"], x: Tensor, axis: int) -> Tensor:
     return (matrix @ flat).unflatten(-1, x.shape[axis + 1 :])
 
 
-def double(x: Float[Tensor, "*batch"], dims: int) -> Tensor:
-    """Linear interpolation to twice the size on the last axes: five times as fast as `interpolate` on the CPU."""
-    for axis in range(-dims, 0):
-        x = along(_between(x.shape[axis]).to(x), x, axis)
-    return x
-
-
 def gumbel(field: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Standard normal numbers as Gumbel ones, by their rank."""
     p = torch.special.ndtr(field.float()).clamp(1e-6, 1 - 1e-6)
     return -torch.log(-torch.log(p))
-
-
-def _between(length: int) -> Float[Tensor, "double length"]:
-    places = ((torch.arange(2 * length) + 0.5) / 2 - 0.5).clamp(0, length - 1)
-    return (1 - (places[:, None] - torch.arange(length)).abs()).clamp_min(0)

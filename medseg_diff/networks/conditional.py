@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
-from medseg_diff.diffusion.fields import SPACINGS, double, gumbel
+from medseg_diff.diffusion.fields import COARSE, SPACINGS, gumbel
 from medseg_diff.networks.blocks import LevelEmbedding, ResidualBlock, UNet, convolution, nearest, start_at_zero
 
 STRIDE = 4
@@ -38,9 +37,8 @@ class Denoiser(nn.Module):
     largest log p_k + G_k is a draw from p (Gumbel 1954; Maddison et al. 2014). Here p is the mean head's, and G_k a
     field: Gaussian fields of several scales, and numbers that all of the scan shares, mixed at every voxel with weights
     of unit norm. So each voxel alone is drawn with the mean head's probabilities, whatever the weights, and what they
-    learn is which voxels are drawn together. They are computed once for all draws; a draw costs a weighted sum. (To the
-    letter that holds at half resolution; interpolation to the voxels between makes the noise weaker, by a quarter of
-    its variance where it is roughest.)
+    learn is which voxels are drawn together. They are computed once for all draws; a draw costs a weighted sum. Blocks
+    of 2 voxels share their G: interpolated noise would be weaker, and draw rare labels too rarely.
 
     A noisy mask, where there is one, changes the weights and shifts the probabilities.
     """
@@ -86,16 +84,16 @@ class Denoiser(nn.Module):
         h = self.blocks[0](nearest(self.up[0](h4)) + half, embedding)
 
         weights = self.weights(h).float().unflatten(1, (fields.shape[2], -1)).unflatten(0, (states, 1, batch))
-        weights = functional.normalize(weights, dim=4)
-        of_scan, of_place = weights.split((SHARED, len(SPACINGS)), dim=4)
-        shared, fields = (noise.unflatten(0, (states, -1)) for noise in (shared, fields))
-        mixed = torch.einsum("sobcn...,sdbcn->sdbc...", of_scan, shared)
-        for scale in range(len(SPACINGS)):
-            mixed = mixed + of_place[:, :, :, :, scale] * fields[:, :, :, :, scale]
-        signal = alpha_bar.sqrt().reshape(-1, *(1,) * (self.dims + 1))
-        shift = signal * self.shift(h).float().unflatten(0, (states, 1, batch))
-        detail = double((SHARPNESS * (gumbel(mixed) + shift)).flatten(0, 1), self.dims)
-        return SHARPNESS * features.mean_logits.detach() + detail
+        shift = self.shift(h).float().unflatten(0, (states, 1, batch))
+        with torch.autocast(h.device.type, enabled=False):  # noise in bf16 would be coarse
+            weights = weights / weights.square().sum(4, keepdim=True).clamp_min(1e-12).sqrt()
+            shared, fields = (noise.unflatten(0, (states, -1)) for noise in (shared, fields))
+            mixed = torch.einsum("sobcn...,sdbcn->sdbc...", weights[:, :, :, :, :SHARED], shared)
+            for scale in range(len(SPACINGS)):
+                mixed.addcmul_(weights[:, :, :, :, SHARED + scale], fields[:, :, :, :, scale])
+            signal = alpha_bar.sqrt().reshape(-1, *(1,) * (self.dims + 1))
+            detail = SHARPNESS * (gumbel(mixed) + signal * shift)
+        return _add_blocks(SHARPNESS * features.mean_logits.detach(), detail.flatten(0, 1))
 
 
 class ConditionalNet(nn.Module):
@@ -145,6 +143,17 @@ class SegmentationUNet(nn.Module):
     def forward(self, image: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch classes *space"]:
         """Logits."""
         return self.encode(image).mean_logits
+
+
+def _add_blocks(
+    base: Float[Tensor, "batch classes *space"], detail: Float[Tensor, "draws batch classes *half"]
+) -> Float[Tensor, "draws batch classes *space"]:
+    """The sum, where a value of `detail` stands for a block of 2 voxels a side; nothing of full size is made twice."""
+    *before, last = detail.shape[3:]
+    rows = detail.repeat_interleave(COARSE, -1)
+    blocks = rows.reshape(*detail.shape[:3], *(n for length in before for n in (length, 1)), COARSE * last)
+    within = base.reshape(*base.shape[:2], *(n for length in before for n in (length, COARSE)), COARSE * last)
+    return (within + blocks).reshape(len(detail), *base.shape)
 
 
 def _repeat(x: Tensor, draws: int) -> Tensor:

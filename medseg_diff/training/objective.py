@@ -52,7 +52,10 @@ class VolumeScore(nn.Module):
             if self.training:
                 found = error.detach()
                 old = self.typical[scale]
-                self.typical[scale] = torch.where(old > 0, self.decay * old + (1 - self.decay) * found, found)
+                mean = torch.where(old > 0, self.decay * old + (1 - self.decay) * found, found)
+                self.typical[scale] = torch.where(
+                    found > 0, mean, old
+                )  # of a class that isn't there nothing is learned
             scores.append((error - spread / 2) / self.typical[scale].clamp_min(1e-6))
         return torch.stack(scores).mean()
 

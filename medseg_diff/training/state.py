@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from medseg_diff.checkpoint import build, load_state, save_state
 from medseg_diff.config import Config
 from medseg_diff.datasets.cache import Volume
+from medseg_diff.errors import UserError, reason
 from medseg_diff.training.objective import VolumeScore, class_weights
 
 PARTS = ("network", "average", "optimizer", "score")
@@ -48,10 +49,14 @@ class State:
     def load(self, path: Path, device: torch.device) -> None:
         """Takes up what `save` wrote. Raises UserError."""
         held = load_state(path, device)
-        for name in PARTS:
-            getattr(self, name).load_state_dict(held[name])
-        for name, value in held["counters"].items():
-            setattr(self, name, value)
+        try:
+            for name in PARTS:
+                getattr(self, name).load_state_dict(held[name])
+            for name, value in held["counters"].items():
+                setattr(self, name, value)
+        except (KeyError, RuntimeError, ValueError, AttributeError) as error:
+            advice = "Start again with --fresh, or train with the version that began."
+            raise UserError(path, f"it is of another version's network ({reason(error)})", advice) from error
 
     def spent(self, steps: int, max_minutes: float | None) -> float:
         """Share of the budget, in steps or in minutes, whichever is further."""
