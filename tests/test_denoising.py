@@ -220,8 +220,9 @@ def test_draws_are_sampled_as_configured(sampler, method):
         x = a**0.5 * scale / (a * scale**2 + 1 - a) * x_t if calls else torch.zeros(1, *x_t.shape[1:])
         call = len(calls)
         calls.append((x, alpha_bar, of_slices(noise.vector, call), of_slices(one_fields, call, WINDOW)))
-        drawn.append(mask_logits(x, alpha_bar, *calls[-1][2:]).softmax(2))
-        return scale * (2 * nn.functional.avg_pool2d(drawn[-1].flatten(0, 1), 4) - 1).unflatten(0, x_t.shape[:2])
+        drawn.append(mask_logits(x, alpha_bar, *calls[-1][2:]))
+        hard = nn.functional.one_hot(drawn[-1].argmax(2), CLASSES).movedim(-1, 2).float()
+        return scale * (2 * nn.functional.avg_pool2d(hard.flatten(0, 1), 4) - 1).unflatten(0, hard.shape[:2])
 
     path = levels("linear", STEPS, spacing="log_snr", train_steps=40, shift=0.8)
     x_T = of_slices(noise.map, 0, WINDOW)

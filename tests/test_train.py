@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from medseg_diff import train as training
 from medseg_diff.checkpoint import describe
-from medseg_diff.config import Config
+from medseg_diff.config import Config, plain
 from medseg_diff.config_file import parse_config
 from medseg_diff.datasets.phantom import make_phantom
 from medseg_diff.errors import UserError
@@ -99,6 +99,14 @@ def test_the_weights_of_the_classes_are_saved_with_a_run(data: Path, tmp_path: P
     other.load(tmp_path / "state.pt", CPU)
     assert torch.equal(other.class_weight, state.class_weight)
     assert (other.step, other.score.typical.tolist()) == (7, state.score.typical.tolist())
+
+
+def test_a_state_of_another_network_is_refused(data: Path, tmp_path: Path):
+    config = settings(data, tmp_path)
+    wide = parse_config(plain(config) | {"network": {"widths": [8, 8, 8, 16]}}, "test")
+    begin(wide, 1, 3, CPU).save(tmp_path / "state.pt")
+    with pytest.raises(UserError, match="another version's network"):
+        begin(config, 1, 3, CPU).load(tmp_path / "state.pt", CPU)
 
 
 def test_the_best_model_is_the_one_with_the_best_validation(straight: Path):
