@@ -1,5 +1,6 @@
 """What was fitted on held-out cases and is kept in the model's file."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,6 +58,9 @@ def parse(held: dict[str, Any] | None) -> Calibrated | None:
     if held is None:
         return None
     intervals = {int(value): IntervalFit(**fit) for value, fit in held["intervals"].items()}
+    temperature = held["temperature"]
+    if temperature is not None and not 0 < float(temperature) < math.inf:
+        raise ValueError(f"a temperature of {temperature}")
     return Calibrated(**held | {"intervals": intervals})
 
 

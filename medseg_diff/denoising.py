@@ -85,7 +85,10 @@ def resampled(model: Model, **changes: Any) -> Model:
         raise UserError(named, "this model is deterministic, it draws no samples", f"Leave {named} out.")
     content = plain(model.about.config)
     config = parse_config(content | {"segment": content["segment"] | changes}, named)
-    return replace(model, about=replace(model.about, config=config))
+    fitted = model.about.calibration
+    if fitted is not None and method_of(config) != method_of(model.about.config):
+        fitted = replace(fitted, intervals={})  # of another sampler's draws
+    return replace(model, about=replace(model.about, config=config, calibration=fitted))
 
 
 def _limit(config: Config) -> Callable[[Tensor], Tensor] | None:

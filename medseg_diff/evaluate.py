@@ -202,6 +202,8 @@ def run_evaluation(
         cases, found = choose_cases(dataset, model, which), digest(dataset)
         if which != "all" and found != model.about.dataset.get("dataset_digest"):
             say(f"warning: {root} is not what the model was trained on as it is now: it may have seen cases of {which}")
+        elif which == "val" and model.about.calibration is not None:
+            say("note: these cases chose and calibrated the model; `info` has the coverage by cross-validation")
         pictures = [out / "preview.png", out / "reliability.png"]
         preview, reliability = pictures
         summary = evaluate_model(

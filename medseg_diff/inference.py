@@ -106,6 +106,8 @@ def predict(
             progress(1 / len(found) / len(slabs))
 
     probabilities = probabilities / weights if axis is None else (probabilities / weights).movedim(1, axis + 1)
+    if not torch.isfinite(probabilities).all():
+        raise UserError(model.path, "the probabilities it gives are not finite", "Train it again, at a lower train.lr.")
     if staple_wanted:
         assert masks is not None
         probabilities = torch.from_numpy(staple(masks, classes))
@@ -208,7 +210,8 @@ def _sampled(
 ) -> tuple[UInt8[Tensor, "samples batch *space"], Float[Tensor, "batch classes *space"]]:
     """Label indices of every sample, and the probabilities to report: of the mean head, else of the samples."""
     kind, fuse = model.about.config.network.kind, model.about.config.segment.fuse
-    together = max(1, VOXELS_AT_ONCE // (batch * int(np.prod(window.size))))
+    width = max(1, noise.classes // 4)  # many classes weigh more than the features
+    together = max(1, VOXELS_AT_ONCE // (batch * int(np.prod(window.size)) * width))
     drawn, total = [], torch.zeros((), device=model.device)
     for start in range(0, samples, together):
         group = range(start, min(start + together, samples))

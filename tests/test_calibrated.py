@@ -1,6 +1,7 @@
 """Calibration from the validation cases into the model's file, and from there into what `segment` says."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from medseg_diff.calibrated import Calibrated, IntervalFit, told
+from medseg_diff.calibrated import Calibrated, IntervalFit, parse, plain, told
 from medseg_diff.checkpoint import Model, describe, explain, load_model, save_model
 from medseg_diff.datasets.cache import Volume, load_volumes
 from medseg_diff.datasets.layouts import Case
 from medseg_diff.datasets.pipeline import preprocessing
+from medseg_diff.denoising import resampled
 from medseg_diff.evaluate import evaluate_model
 from medseg_diff.scans.read import read_scan
 from medseg_diff.segment import segment_files, segment_scan
@@ -141,6 +143,19 @@ def test_what_was_calibrated_for_other_samples_is_not_claimed(model, scan, tmp_p
     assert [x["volume_ml_interval90"] for x in other["labels"]] == [x["volume_ml_interval90"] for x in raw["labels"]]
     assert other["calibration"]["intervals"] == "not calibrated"
     assert other["calibration"]["temperature"] == 1.0, "the mean head knows of no samples"
+
+
+def test_intervals_are_those_of_the_sampler(model):
+    fitted = replace(calibrated(model["volumes"]), path=Path("m"))
+    assert resampled(fitted, sampler="ddpm").about.calibration == FITTED, "it was that already"
+    other = resampled(fitted, sampler="ddim").about.calibration
+    assert (other.temperature, other.factors(4, 1)) == (1.5, {})
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf, "hot"])
+def test_a_header_with_an_impossible_temperature_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature|convert"):
+        parse(plain(FITTED) | {"temperature": temperature})
 
 
 def test_a_fit_does_what_it_says(model, cases):

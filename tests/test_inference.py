@@ -10,6 +10,7 @@ from medseg_diff import inference
 from medseg_diff.checkpoint import Model, load_model
 from medseg_diff.datasets.slices import with_neighbours
 from medseg_diff.diffusion.fields import COARSE, SPACINGS, cells
+from medseg_diff.errors import UserError
 from medseg_diff.inference import REPEAT, Noise, predict, trace
 from medseg_diff.networks.blocks import Condition, nearest
 from medseg_diff.networks.conditional import STRIDE, Features
@@ -204,6 +205,15 @@ def test_the_tally_counts_the_samples(model, image, kind):
         assert found.tally.common[0, 1, index] == ((masks[0] == index) & (masks[1] == index)).sum()
     torch.testing.assert_close(found.probabilities.sum(0), torch.ones(SHAPE))
     assert found.samples is masks
+
+
+def test_a_network_that_answers_nothing_is_an_error(model, image):
+    class Lost(Pointwise):
+        def encode(self, image: Tensor) -> Features:
+            return Features(super().encode(image).mean_logits * torch.nan, ())
+
+    with pytest.raises(UserError, match="not finite"):
+        predict(settings(model["volumes"], Lost()), image, samples=2, steps=1, seed=0)
 
 
 def test_samples_are_counted_and_forgotten(model, image):
