@@ -154,7 +154,7 @@ def test_intervals_are_those_of_the_sampler(model):
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf, "hot"])
 def test_a_header_with_an_impossible_temperature_is_refused(temperature):
-    with pytest.raises(ValueError, match="temperature|convert"):
+    with pytest.raises(ValueError, match=r"temperature|convert"):
         parse(plain(FITTED) | {"temperature": temperature})
 
 
