@@ -148,12 +148,14 @@ class SegmentationUNet(nn.Module):
 def _add_blocks(
     base: Float[Tensor, "batch classes *space"], detail: Float[Tensor, "draws batch classes *half"]
 ) -> Float[Tensor, "draws batch classes *space"]:
-    """The sum, where a value of `detail` stands for a block of 2 voxels a side; nothing of full size is made twice."""
-    *before, last = detail.shape[3:]
-    rows = detail.repeat_interleave(COARSE, -1)
-    blocks = rows.reshape(*detail.shape[:3], *(n for length in before for n in (length, 1)), COARSE * last)
-    within = base.reshape(*base.shape[:2], *(n for length in before for n in (length, COARSE)), COARSE * last)
-    return (within + blocks).reshape(len(detail), *base.shape)
+    """The sum, where a value of `detail` stands for a block of 2 voxels a side.
+
+    Along the first axis it is never repeated, but added twice: as fast as the memory, nothing of full size in between.
+    """
+    for axis in range(4, detail.ndim):
+        detail = detail.repeat_interleave(COARSE, axis)
+    pairs = base.reshape(*base.shape[:2], detail.shape[3], COARSE, -1)
+    return (pairs + detail.flatten(4)[:, :, :, :, None]).reshape(len(detail), *base.shape)
 
 
 def _repeat(x: Tensor, draws: int) -> Tensor:
