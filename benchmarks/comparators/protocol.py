@@ -167,7 +167,7 @@ def ensure(runs: Sequence[Run]) -> None:
 
 
 def _start(run: Run) -> None:
-    paths = [str(ROOT / "benchmarks")]
+    paths = [str(ROOT / "benchmarks"), str(ROOT)]
     if run.method == "monai_ddpm":
         extras = ROOT / "runs/monai"  # MONAI's attention wants einops, which nothing of ours does
         if not extras.exists():
