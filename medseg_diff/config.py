@@ -87,7 +87,7 @@ class Diffusion(_Section):
     """b: analog masks live in [-b, b]."""
     pure_noise: Share = 0.5
     """Share of the training levels that are pure noise, where one call draws a sample; 0 for the other denoisers."""
-    draws: Annotated[int, Field(ge=2)] = 4
+    draws: Annotated[int, Field(ge=2)] = 8
     """Of conditional: masks drawn for one training image, whose volumes are scored against its own."""
     prediction: Literal["velocity", "x0", "noise"] = "velocity"
     """What the other denoisers predict."""
@@ -119,8 +119,6 @@ class Train(_Section):
     """Largest norm of the gradient."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the moving average of the weights, the ones that are kept."""
-    mean_weight: Positive = 5.0
-    """Of conditional: weight of the mean head's cross-entropy beside the score of the draws."""
     condition_every: Count = 5
     """Of medsegdiff_v2: every so many steps Dice and cross-entropy teach the condition model."""
     augment: bool = True

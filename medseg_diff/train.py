@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import yaml
 
-from medseg_diff.checkpoint import FINISHED, Description, describe, save_model
-from medseg_diff.config import Config, Train, flatten, plain
+from medseg_diff.checkpoint import FINISHED, Description, describe, load_model, save_model
+from medseg_diff.config import Config, flatten, plain
 from medseg_diff.console import progress, say
 from medseg_diff.datasets.cache import Volume, load_volumes
 from medseg_diff.datasets.layouts import Case, Dataset, digest, read_dataset, split
@@ -28,7 +28,7 @@ from medseg_diff.training.history import History
 from medseg_diff.training.interrupt import Interrupt
 from medseg_diff.training.settings import resolve, same_run, settle, without_paths
 from medseg_diff.training.state import State, begin
-from medseg_diff.training.step import held_out_loss, set_learning_rate, take_step
+from medseg_diff.training.step import held_out_loss, take_step
 from medseg_diff.training.validation import validate
 
 LOG_EVERY = 20
@@ -59,6 +59,7 @@ def train(config: Config, folder: Path, device: torch.device, *, fresh: bool = F
                     "Bring the data set back to what it was, train under another --name, or start again with --fresh."
                 )
                 raise UserError(config.data.root, f"the data set changed since {folder} began", advice)
+            state.extend(budget)
             history.forget_after(state.step)
             say(f"going on with {folder} at step {state.step}")
 
@@ -70,12 +71,17 @@ def train(config: Config, folder: Path, device: torch.device, *, fresh: bool = F
         state.save(folder / "state.pt")
 
         with _finishing(tracker), Interrupt() as interrupt, progress("training", 1.0) as advance:
-            while not _exhausted(state, budget):
-                spent = state.spent(budget.steps, budget.max_minutes)
-                if spent >= (state.validated + 1) / budget.validations:
+            while not (_done(state, config) and state.validated_step == state.step):
+                spent = state.spent(budget)
+                if _mean_head_done(state, config):
+                    say(f"step {state.step}: the mean head is done, the denoiser begins")
+                    best = load_model(folder / "best.safetensors", device).network if state.stale else None
+                    state.teach_denoiser(best)
+                if spent >= (state.validated + 1) / budget.validations or _done(state, config):
                     state.save(folder / "state.pt")
                     with interrupt.at_once():
                         found = _validate(state, config, dataset, tags, folder, validation, held_out, device)
+                    state.validated_step = state.step
                     state.validated = max(state.validated + 1, min(int(spent * budget.validations), budget.validations))
                     history.add(found, state.step)
                     history.save()
@@ -85,7 +91,6 @@ def train(config: Config, folder: Path, device: torch.device, *, fresh: bool = F
                     say(f"step {state.step}: {shown}")
                     continue
                 begun = time.monotonic()
-                set_learning_rate(state.optimizer, budget.lr, budget.warmup, spent)
                 state.recent.append(take_step(state, config, volumes, len(values)))
                 state.step += 1
                 state.elapsed_s += time.monotonic() - begun
@@ -103,9 +108,9 @@ def train(config: Config, folder: Path, device: torch.device, *, fresh: bool = F
                 if interrupt.requested:
                     say(f"stopped at step {state.step}; the same command goes on from there")
                     raise SystemExit(128 + interrupt.requested)
-                advance(state.spent(budget.steps, budget.max_minutes) - spent, note=f"step {state.step}")
+                advance(state.spent(budget) - spent, note=f"step {state.step}")
 
-        if state.spent(budget.steps, budget.max_minutes) < 1:
+        if state.spent(budget) < 1:
             say(f"stopped early at step {state.step}: {state.stale} validations in a row were no better than the best")
         state.save(folder / "state.pt")
         spent_on = {"steps": state.step, "minutes": state.elapsed_s / 60, "skipped": state.skipped}
@@ -129,6 +134,9 @@ def rehearse(config: Config, folder: Path, device: torch.device) -> str:
     volumes = _prepared((*training, *validation), config, values, channels)[: len(training)]
     state = begin(config, channels, len(values), device, volumes)
     take_step(state, config, volumes, len(values))
+    if config.network.kind == "conditional":
+        state.teach_denoiser()
+        take_step(state, config, volumes, len(values))
     say(f"{len(training)} cases to train on, {len(validation)} to validate; one step went through")
     return yaml.safe_dump(plain(config), sort_keys=False)
 
@@ -158,7 +166,8 @@ def _validate(
     """Writes `model.safetensors`, judges the file, writes into it scores and calibration, keeps the best.
 
     The best, `best.safetensors`, is that of the least NLL where a distribution of masks is learned: it rises when the
-    network becomes too sure, and Dice does not fall then. Else it is that of the highest Dice, or the least loss.
+    network becomes too sure, and Dice does not fall then. The denoiser that is taught after is the better the longer.
+    Else the best is that of the highest Dice, or the least loss.
     """
     path, weights = folder / "model.safetensors", state.average.state_dict()
     about = Description(without_paths(config), dataset.labels, dataset.channels, {}, tags, {"steps": state.step})
@@ -172,19 +181,28 @@ def _validate(
         found = -metrics["val/nll"]
     else:
         found = metrics.get("val/dice", -metrics["val/loss"])
-    state.stale += 1
-    if found > state.best:
-        state.best, state.stale = found, 0
+    better = found > state.best
+    if not state.denoising:
+        state.stale = 0 if better else state.stale + 1
+    if better or state.denoising:
+        state.best = found
         with replacing(folder / "best.safetensors") as temporary:
             shutil.copyfile(path, temporary)
     return metrics
 
 
-def _exhausted(state: State, budget: Train) -> bool:
-    """Whether the budget is spent and validated, or the patience."""
-    if budget.patience is not None and state.stale >= budget.patience:
-        return True
-    return state.spent(budget.steps, budget.max_minutes) >= 1 and state.validated >= budget.validations
+def _mean_head_done(state: State, config: Config) -> bool:
+    """Whether it is time for the second stage of the conditional network."""
+    if config.network.kind != "conditional" or state.denoising:
+        return False
+    return state.stage_spent(config) >= 1 or state.impatient(config.train)
+
+
+def _done(state: State, config: Config) -> bool:
+    """Whether nothing is left to learn: the budget is spent, or the patience."""
+    if config.network.kind == "conditional":
+        return state.denoising and state.stage_spent(config) >= 1
+    return state.stage_spent(config) >= 1 or state.impatient(config.train)
 
 
 def _prepared(cases: Sequence[Case], config: Config, values: list[int], channels: int) -> list[Volume]:

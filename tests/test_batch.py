@@ -3,6 +3,7 @@
 import copy
 from dataclasses import astuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def test_a_step_is_its_seeds_and_every_image_has_a_time_of_its_own(volumes):
 
 @pytest.mark.parametrize(("kind", "task"), [("unconditional", "generate"), ("conditional", "segment")])
 def test_parts_are_the_batch(volumes, kind, task):
-    batch = draw_step(settings(kind, task, batch_size=2, accumulate=3), volumes, 3, (0, 0), CPU, False)
+    batch = draw_step(settings(kind, task, batch_size=2, accumulate=3), volumes, 3, (0, 0), CPU, False, 2)
     parts = list(batch.parts(3))
     assert [len(part.image) for part in parts] == [2, 2, 2]
     assert same(Batch(*(torch.cat(x) for x in zip(*map(astuple, parts), strict=True))), batch)
@@ -82,8 +83,8 @@ def test_parts_are_the_batch(volumes, kind, task):
     ],
 )
 def test_noise_has_the_shape_of_what_is_diffused(volumes, kind, task, data, shape, draws):
-    """And there are draws to make of `conditional` alone."""
-    batch = draw_step(settings(kind, task, data=data), volumes, 3, (0, 0), CPU, False)
+    """And there is noise for so many draws as asked for."""
+    batch = draw_step(settings(kind, task, data=data), volumes, 3, (0, 0), CPU, False, draws)
     assert batch.noise.shape == (2, *shape)
     assert batch.shared.shape == (2, draws, 3, SHARED)
     assert batch.fields.shape == (2, draws, 3, len(SPACINGS), 8, 8)
@@ -91,7 +92,7 @@ def test_noise_has_the_shape_of_what_is_diffused(volumes, kind, task, data, shap
 
 def test_draws_have_noise_of_their_own(volumes):
     """Of unit variance, and independent between crops, draws, classes and scales."""
-    batch = draw_step(settings("conditional", "segment", batch_size=64), volumes, 3, (0, 0), CPU, False)
+    batch = draw_step(settings("conditional", "segment", batch_size=64), volumes, 3, (0, 0), CPU, False, 4)
     for noise in (batch.noise, batch.shared, batch.fields):
         assert noise.mean().abs() < 0.1
         assert noise.std().item() == pytest.approx(1, abs=0.1)
@@ -210,12 +211,9 @@ def test_a_denoiser_of_masks_is_told_the_level_of_its_noise(kind, diffusion):
 def test_draws_are_told_the_level_of_their_noise():
     diffusion = ENDS_IN_NOISE | {"draws": 2}
     batch, truth = batch_of(3, side=4, draws=2)
-    stub = Stub(torch.zeros(3, 3, 16, 16), torch.zeros(2, 3, 3, 16, 16))
-    config = settings("conditional", "segment", diffusion=diffusion, mean_weight=5.0)
-    losses = [
-        loss_of(stub, VolumeScore(3), config, batch, torch.tensor(w), False) for w in ((1.0,) * 3, (1.0, 1.0, 2.0))
-    ]
-    assert losses[0] < losses[1], "the weights of the classes reach the loss"
+    stub = Stub(torch.zeros(2, 3, 3, 16, 16))
+    config = settings("conditional", "segment", diffusion=diffusion)
+    loss_of(stub, VolumeScore(3), config, batch, torch.ones(3), False)
     level = level_of(diffusion, batch.t)
     x_t = add_noise(0.7 * (2 * torch.nn.functional.avg_pool2d(truth, 4) - 1), batch.noise, level)
     image, x, told, shared, fields = stub.inputs
@@ -225,6 +223,17 @@ def test_draws_are_told_the_level_of_their_noise():
     torch.testing.assert_close(x, (factor * x_t)[None])
     assert torch.equal(shared, batch.shared.movedim(1, 0))
     assert torch.equal(fields, batch.fields.movedim(1, 0))
+
+
+def test_a_batch_without_draws_teaches_the_mean_head():
+    batch, _ = batch_of(3, side=4)
+    stub = Stub(torch.zeros(3, 3, 16, 16))
+    config = settings("conditional", "segment")
+    weights = torch.ones(3), torch.tensor([1.0, 1.0, 2.0])
+    plain, weighted = (loss_of(stub, VolumeScore(3), config, batch, weight, False) for weight in weights)
+    assert len(stub.inputs) == 1
+    assert plain.item() == pytest.approx(np.log(3))
+    assert plain < weighted, "the weights of the classes reach the loss"
 
 
 @pytest.mark.parametrize("diffusion", [DIFFUSION, ENDS_IN_NOISE])

@@ -15,11 +15,12 @@ from medseg_diff.training.objective import (
     BLOCKS,
     VolumeScore,
     class_weights,
-    conditional_loss,
+    denoiser_loss,
     dice_loss,
     generation_loss,
     hard,
     mask_loss,
+    mean_head_loss,
     unet_loss,
     weighted_cross_entropy,
 )
@@ -186,7 +187,6 @@ class Constant(nn.Module):
 
 
 OPTIONS = {"classes": 3, "scale": 0.5}
-EQUAL = {"mean_weight": 5.0, "class_weight": torch.ones(3)}
 PREDICTED = {"prediction": "velocity", "weighting": "uniform"}
 
 
@@ -209,46 +209,36 @@ def test_losses_call_the_wrapped_network_once():
     networks = {
         kind: Watched(build_network(kind, 2, 1, 3, (8, 8, 8, 8), size=(32, 16))) for kind in ("conditional", "unet")
     }
-    conditional_loss(
-        networks["conditional"], image, labels, level, *noises(), **OPTIONS, **EQUAL, score=VolumeScore(3)
-    ).backward()
+    mean_head_loss(networks["conditional"], image, labels, torch.ones(3)).backward()
+    networks["draws"] = Watched(networks["conditional"].module)
+    denoiser_loss(networks["draws"], image, labels, level, *noises(), **OPTIONS, score=VolumeScore(3)).backward()
     unet_loss(networks["unet"], image, labels, classes=3).backward()
     networks["unconditional"] = Watched(build_generator("unconditional", 2, 1, 1, (8, 8, 8, 8)))
     generation_loss(networks["unconditional"], image, level, torch.randn_like(image), **PREDICTED).backward()
     networks["v2"] = Watched(build_network("medsegdiff_v2", 2, 1, 3, (8, 8, 8, 8), size=(32, 16)))
     noise = torch.randn(2, 3, 32, 16, generator=generator(3))
     mask_loss(networks["v2"], image, labels, level, noise, **OPTIONS, **PREDICTED, teach_condition=True).backward()
-    assert [len(network.calls) for network in networks.values()] == [1, 1, 1, 1]
+    assert [len(network.calls) for network in networks.values()] == [1, 1, 1, 1, 1]
 
 
-class Oracle(nn.Module):
-    """Answers with the truth, from the mean head or from the draws."""
-
-    def __init__(self, mean: Tensor, drawn: Tensor) -> None:
-        super().__init__()
-        self.mean, self.drawn = mean, drawn
-
-    def forward(
-        self, image: Tensor, x_t: Tensor, level: Tensor, shared: Tensor, fields: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self.mean, self.drawn.expand(len(shared), *self.drawn.shape)
-
-
-def test_the_truth_has_no_conditional_loss():
+def test_the_truth_has_no_loss():
     image, labels = batch()
     sure, unsure = 50 * one_hot(labels, 3), torch.zeros(2, 3, 32, 16)
 
-    def loss(mean: Tensor, drawn: Tensor, weight: tuple[float, ...] = (1, 1, 1)) -> float:
-        network, level = Oracle(mean, drawn), torch.zeros(2)
-        options = {**OPTIONS, "mean_weight": 5.0, "class_weight": torch.tensor(weight, dtype=torch.float)}
-        return conditional_loss(network, image, labels, level, *noises(), **options, score=plain_score(3)).item()
+    def of_mean(logits: Tensor, weight: tuple[float, ...] = (1, 1, 1)) -> float:
+        return mean_head_loss(Constant(logits), image, labels, torch.tensor(weight, dtype=torch.float)).item()
 
-    assert loss(sure, sure) == pytest.approx(0, abs=1e-4)
-    assert loss(unsure, sure) == pytest.approx(5 * math.log(3), abs=1e-4)
-    assert loss(sure, unsure) > 0.1
+    def of_draws(logits: Tensor) -> float:
+        network, level = Constant(logits.expand(3, *logits.shape)), torch.zeros(2)
+        return denoiser_loss(network, image, labels, level, *noises(), **OPTIONS, score=plain_score(3)).item()
+
+    assert of_mean(sure) == pytest.approx(0, abs=1e-4)
+    assert of_mean(unsure) == pytest.approx(math.log(3), abs=1e-4)
+    assert of_draws(sure) == pytest.approx(0, abs=1e-4)
+    assert of_draws(unsure) > 0.1
     shares = torch.bincount(labels.flatten(), minlength=3) / labels.numel()
     heard = sum(w * math.log(4 / w) * share for w, share in zip((1, 1, 2), shares.tolist(), strict=True))
-    assert loss(unsure, sure, (1, 1, 2)) == pytest.approx(5 * heard, abs=1e-4)
+    assert of_mean(unsure, (1, 1, 2)) == pytest.approx(heard, abs=1e-4)
 
 
 def test_weighted_cross_entropy_is_least_at_the_true_probabilities():
@@ -288,7 +278,7 @@ def test_draws_share_a_noisy_mask_that_vanishes_at_pure_noise():
     network = Watched(build_network("conditional", 2, 1, 3, (8, 8, 8, 8), size=(32, 16)))
     level = torch.tensor([0.0, 1.0])
     noise = noises()
-    conditional_loss(network, image, labels, level, *noise, **OPTIONS, **EQUAL, score=VolumeScore(3))
+    denoiser_loss(network, image, labels, level, *noise, **OPTIONS, score=VolumeScore(3))
     [(_, x_t, found_level, *of_draws)] = network.calls
     assert x_t.shape == (1, 2, 3, 8, 4)
     assert torch.equal(found_level, level)

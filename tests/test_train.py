@@ -13,17 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from medseg_diff import train as training
-from medseg_diff.checkpoint import describe
+from medseg_diff.checkpoint import build, describe
 from medseg_diff.config import Config, plain
 from medseg_diff.config_file import parse_config
+from medseg_diff.datasets.cache import Volume
 from medseg_diff.datasets.phantom import make_phantom
 from medseg_diff.errors import UserError
 from medseg_diff.train import rehearse, train
 from medseg_diff.training import step as stepping
 from medseg_diff.training.settings import resolve
 from medseg_diff.training.state import begin
+from medseg_diff.training.step import take_step
 
 CPU = torch.device("cpu")
 
@@ -35,14 +38,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(data: Path, folder: Path, **train_settings) -> Config:
+def settings(data: Path, folder: Path, kind: str = "conditional", **train_settings) -> Config:
     return parse_config(
         {
             "data": {
                 "root": str(data), "cache": str(data.parent / "cache"), "modality": "ct", "size": [16, 16, 16],
                 "spacing_mm": [2.0, 2.0, 3.0],
             },
-            "network": {"widths": [8, 8, 8, 8]},
+            "network": {"kind": kind, "widths": [8, 8, 8, 8]},
             "train": {"steps": 6, "checkpoint_every": 2, "validations": 2, "batch_size": 1, **train_settings},
             "segment": {"samples": 2},
             "tracking": {"uri": ""},
@@ -120,7 +123,7 @@ def test_the_best_model_is_the_one_with_the_best_validation(straight: Path):
 def test_patience_ends_what_no_longer_improves(patience, steps, data, tmp_path, monkeypatch):
     """A network that learns nothing is never better than at its first validation; broken off and resumed here."""
     folder, step = tmp_path / "run", training.take_step
-    config = settings(data, folder, steps=4, lr=1e-30, validations=4, patience=patience, checkpoint_every=1)
+    config = settings(data, folder, "unet", steps=4, lr=1e-30, validations=4, patience=patience, checkpoint_every=1)
 
     def breaking(state, *rest):
         if state.step == 2:
@@ -135,6 +138,36 @@ def test_patience_ends_what_no_longer_improves(patience, steps, data, tmp_path, 
     assert describe(folder / "best.safetensors")[0].trained == {"steps": 1}
     counters = torch.load(folder / "state.pt", weights_only=True)["counters"]
     assert (counters["stale"], counters["validated"]) == (steps - 1, steps)
+
+
+def test_the_denoiser_begins_when_the_mean_head_no_longer_improves(data, tmp_path, capsys):
+    """After three validations of six, and it has its quarter of the budget all the same."""
+    config = settings(data, tmp_path, steps=8, lr=1e-30, validations=8, patience=2)
+    assert train(config, tmp_path, CPU)["steps"] == 5
+    assert "step 3: the mean head is done, the denoiser begins" in capsys.readouterr().err
+    assert describe(tmp_path / "best.safetensors")[0].trained == {"steps": 5}
+
+
+def test_the_denoiser_learns_after_the_mean_head(data: Path, tmp_path: Path):
+    """And alone: what was learned before rests, in the network and in the average, or goes back to a better one."""
+    config = resolve(settings(data, tmp_path, steps=8), (), 1)
+    image = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    volumes = [Volume("a", image, (image > 0).byte(), ())]
+    state, better = begin(config, 1, 3, CPU, volumes), build(config, 1, 3)
+    histories: dict[str, list[Tensor]] = {"denoiser": [], "mean_head": []}
+    for state.step in range(8):
+        if state.step == 6:
+            state.teach_denoiser(better)
+            assert (state.stage_step, state.stage_spent(config)) == (6, 0)
+        take_step(state, config, volumes, 3)
+        for part, history in histories.items():
+            weight = getattr(state.average, part)
+            history.append(torch.cat([p.detach().flatten().clone() for p in weight.parameters()]))
+    for part, resting, learning in (("denoiser", range(1, 6), (6, 7)), ("mean_head", (7,), range(1, 6))):
+        history = histories[part]
+        assert all(torch.equal(history[i], history[i - 1]) for i in resting), part
+        assert not any(torch.equal(history[i], history[i - 1]) for i in learning), part
+    assert torch.equal(histories["mean_head"][6], torch.cat([p.flatten() for p in better.mean_head.parameters()]))
 
 
 def test_a_finished_run_is_left_alone_and_fresh_starts_again(straight: Path, data: Path, tmp_path: Path):
@@ -258,6 +291,17 @@ def test_a_longer_budget_goes_on(straight: Path, data: Path, tmp_path: Path):
     train(settings(data, folder, steps=2, validations=1), folder, CPU)
     (folder / "summary.json").unlink()
     assert train(settings(data, folder, steps=3, validations=1), folder, CPU)["steps"] == 3
+
+
+def test_a_longer_budget_is_the_mean_heads_first(data: Path, tmp_path: Path):
+    """Unless it had stopped improving; and a denoiser that is past its share goes on."""
+    state = begin(settings(data, tmp_path), 1, 3, CPU)
+    for stale, longer, denoising in ((0, 12, False), (3, 12, True), (0, 7, True)):
+        state.step, state.stale = 6, stale
+        state.teach_denoiser()
+        state.extend(settings(data, tmp_path, steps=longer, patience=3).train)
+        assert state.denoising == denoising
+        assert state.stage_step == (6 if denoising else 0)
 
 
 def test_steps_without_a_finite_loss_are_skipped_and_counted(data: Path, tmp_path: Path, monkeypatch):

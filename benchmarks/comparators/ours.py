@@ -11,7 +11,7 @@ from medseg_diff.checkpoint import Model, build
 from medseg_diff.config import SAMPLING, Config
 from medseg_diff.datasets.cache import Volume
 from medseg_diff.inference import predict as predict_scan
-from medseg_diff.training.state import begin
+from medseg_diff.training.state import MEAN_HEAD, begin
 from medseg_diff.training.step import take_step
 
 __all__ = ["build", "predict", "train"]
@@ -24,6 +24,8 @@ def train(volumes: Sequence[Volume], config: Config, classes: int, cpu_seconds: 
 
     def step(count: int, spent: float) -> None:
         state.step, state.elapsed_s = count, spent * cpu_seconds
+        if config.network.kind == "conditional" and spent >= MEAN_HEAD and not state.denoising:
+            state.teach_denoiser()
         take_step(state, config, volumes, classes)
 
     steps = within(cpu_seconds, config, state.optimizer, step)

@@ -115,17 +115,17 @@ class ConditionalNet(nn.Module):
         mean_logits = self.mean_head(decoded[0])
         return Features(mean_logits.float(), self.denoiser.features(decoded))
 
-    def forward(
-        self,
-        image: Float[Tensor, "batch channels *space"],
-        x_t: Float[Tensor, "states batch classes *coarse"],
-        alpha_bar: Float[Tensor, "batch"],
-        shared: Float[Tensor, "draws batch classes numbers"],
-        fields: Float[Tensor, "draws batch classes scales *half"],
-    ) -> tuple[Float[Tensor, "batch classes *space"], Float[Tensor, "draws batch classes *space"]]:
-        """Logits of the mean head, and of every draw."""
-        features = self.encode(image)
-        return features.mean_logits, self.denoiser(features, x_t, alpha_bar, shared, fields)
+    def forward(self, image: Float[Tensor, "batch channels *space"], *noise: Tensor) -> Tensor:
+        """Logits of the mean head, [batch, classes, *space].
+
+        With what the denoiser takes beside features: logits of every draw, which teach the denoiser alone.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not noise):
+            decoded = self.encoder(image)
+            mean_logits = self.mean_head(decoded[0]).float()
+        if not noise:
+            return mean_logits
+        return self.denoiser(Features(mean_logits, self.denoiser.features(decoded)), *noise)
 
 
 class SegmentationUNet(nn.Module):

@@ -41,8 +41,10 @@ def draw_step(
     seed: tuple[int, int],
     device: torch.device,
     augmented: bool,
+    draws: int = 0,
 ) -> Batch:
-    """The whole batch of a step, a function of `seed` alone: however it is parted, its gradient is the same."""
+    """The whole batch of a step with noise for so many draws, a function of `seed` alone: however it is parted, its
+    gradient is the same."""
     data, diffusion = config.data, config.diffusion
     rng = np.random.default_rng(seed)
     generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
@@ -64,7 +66,6 @@ def draw_step(
     count = len(image)
     shape = _noise_shape(config, image.shape[1], classes)
     noise = torch.randn((count, *shape), generator=generator, device=device)
-    draws = diffusion.draws if config.network.kind == "conditional" else 0
     return Batch(image, labels, t, noise, *_draw_noise((count, draws, classes), data.size, generator))
 
 

@@ -60,7 +60,14 @@ class VolumeScore(nn.Module):
         return torch.stack(scores).mean()
 
 
-def conditional_loss(
+def mean_head_loss(
+    network: nn.Module, image: Image, labels: Labels, class_weight: Float[Tensor, "classes"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy of conditional's mean head."""
+    return weighted_cross_entropy(network(image).float(), labels, class_weight)
+
+
+def denoiser_loss(
     network: nn.Module,
     image: Image,
     labels: Labels,
@@ -71,18 +78,15 @@ def conditional_loss(
     *,
     classes: int,
     scale: float,
-    mean_weight: float,
     score: VolumeScore,
-    class_weight: Float[Tensor, "{classes}"],
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the mean head, score of the draws. All draws of an image share one noisy mask x_t."""
+    """Score of conditional's draws. All draws of an image share one noisy mask x_t."""
     truth = one_hot(labels, classes)
     x_0 = to_analog(pool(truth, STRIDE), scale)
     x_t = add_noise(x_0, noise, alpha_bar)
     state = (_along(input_scale_wiener(alpha_bar, scale), x_t) * x_t)[None]
-    mean_logits, drawn_logits = network(image, state, alpha_bar.to(image), shared.movedim(1, 0), fields.movedim(1, 0))
-    cross_entropy = weighted_cross_entropy(mean_logits.float(), labels, class_weight)
-    return mean_weight * cross_entropy + score(hard(drawn_logits.float()), truth)
+    drawn_logits = network(image, state, alpha_bar.to(image), shared.movedim(1, 0), fields.movedim(1, 0))
+    return score(hard(drawn_logits.float()), truth)
 
 
 def hard(logits: Float[Tensor, "draws batch classes *space"]) -> Float[Tensor, "draws batch classes *space"]:

@@ -10,10 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from medseg_diff.checkpoint import build, load_state, save_state
-from medseg_diff.config import Config
+from medseg_diff.config import Config, Train
 from medseg_diff.datasets.cache import Volume
 from medseg_diff.errors import UserError, reason
 from medseg_diff.training.objective import VolumeScore, class_weights
+
+MEAN_HEAD = 0.75
+"""Share of the budget for the encoder of the conditional network and its mean head. The denoiser comes after them: it
+learns how far from the borders that they see the masks differ, which is another question as long as they move."""
 
 PARTS = ("network", "average", "optimizer", "score")
 
@@ -23,7 +27,8 @@ class State:
     """A run between two steps.
 
     `average` is the moving average of the weights, `best` the best validation so far, `stale` how many in a row did not
-    improve on it, `recent` the losses since the last entry in the history.
+    improve on it, `recent` the losses since the last entry in the history. `denoising` is the second stage, which only
+    the conditional network has; `stage_step` and `stage_elapsed_s` are step and time at which the present stage began.
     """
 
     network: nn.Module
@@ -32,8 +37,12 @@ class State:
     score: VolumeScore
     class_weight: Tensor
     step: int = 0
+    denoising: bool = False
+    stage_step: int = 0
+    stage_elapsed_s: float = 0.0
     elapsed_s: float = 0.0
     validated: int = 0
+    validated_step: int = 0
     best: float = -float("inf")
     stale: int = 0
     skipped: int = 0
@@ -58,9 +67,37 @@ class State:
             advice = "Start again with --fresh, or train with the version that began."
             raise UserError(path, f"it is of another version's network ({reason(error)})", advice) from error
 
-    def spent(self, steps: int, max_minutes: float | None) -> float:
+    def spent(self, budget: Train) -> float:
         """Share of the budget, in steps or in minutes, whichever is further."""
-        return max(self.step / steps, self.elapsed_s / 60 / max_minutes if max_minutes else 0.0)
+        return _share(self.step, self.elapsed_s, budget)
+
+    def stage_spent(self, config: Config) -> float:
+        """Share of the budget of the present stage."""
+        begun = _share(self.stage_step, self.stage_elapsed_s, config.train)
+        length = MEAN_HEAD if config.network.kind == "conditional" else 1.0
+        if self.denoising:
+            length = 1 - max(MEAN_HEAD, begun)
+        return (self.spent(config.train) - begun) / length if length else 1.0
+
+    def impatient(self, budget: Train) -> bool:
+        """Whether validations have not improved for too long."""
+        return budget.patience is not None and self.stale >= budget.patience
+
+    def teach_denoiser(self, best: nn.Module | None = None) -> None:
+        """Begins the second stage: encoder and mean head rest, those of `best` where it is given."""
+        if best is not None:
+            for network in (self.network, self.average):
+                network.load_state_dict(best.state_dict())
+        self.denoising, self.stage_step, self.stage_elapsed_s = True, self.step, self.elapsed_s
+
+    def extend(self, budget: Train) -> None:
+        """Goes back to the first stage if the second had begun and the budget has been raised since."""
+        if self.denoising and self.spent(budget) < MEAN_HEAD and not self.impatient(budget):
+            self.denoising, self.stage_step, self.stage_elapsed_s = False, 0, 0.0
+
+
+def _share(step: int, elapsed_s: float, budget: Train) -> float:
+    return max(step / budget.steps, elapsed_s / 60 / budget.max_minutes if budget.max_minutes else 0.0)
 
 
 def begin(config: Config, channels: int, classes: int, device: torch.device, volumes: Sequence[Volume] = ()) -> State:

@@ -16,14 +16,22 @@ from medseg_diff.diffusion.masks import one_hot, to_analog
 from medseg_diff.diffusion.schedule import alpha_bar
 from medseg_diff.errors import UserError
 from medseg_diff.training.batch import Batch, draw_step
-from medseg_diff.training.objective import VolumeScore, conditional_loss, generation_loss, mask_loss, unet_loss
+from medseg_diff.training.objective import (
+    VolumeScore,
+    denoiser_loss,
+    generation_loss,
+    mask_loss,
+    mean_head_loss,
+    unet_loss,
+)
 from medseg_diff.training.state import State
 
 MOST_SKIPPED = 50
 
 AUGMENTED = 0.75
 """Share of the budget in which augmentation is on. Scans as they are come last: augmented ones are harder, and a
-network that saw nothing else expects errors that it does not make."""
+network that saw nothing else expects errors that it does not make. The denoiser of conditional, which learns what is
+drawn together and not how probable it is, gets augmented ones all the time."""
 
 
 def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: int) -> float:
@@ -34,9 +42,11 @@ def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: 
     """
     state.optimizer.zero_grad(set_to_none=True)
     device, passes = next(state.network.parameters()).device, config.train.accumulate
-    spent = state.spent(config.train.steps, config.train.max_minutes)
-    augmented = config.train.augment and spent < AUGMENTED
-    batch = draw_step(config, volumes, classes, (config.seed, state.step), device, augmented)
+    spent = state.stage_spent(config)
+    set_learning_rate(state.optimizer, config.train.lr, config.train.warmup, spent)
+    augmented = config.train.augment and (spent < AUGMENTED or state.denoising)
+    draws = config.diffusion.draws if state.denoising else 0
+    batch = draw_step(config, volumes, classes, (config.seed, state.step), device, augmented, draws)
     loss = torch.zeros((), device=device)
     teach_condition = state.step % config.train.condition_every == 0
     for part in batch.parts(passes):
@@ -51,7 +61,8 @@ def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: 
             raise UserError("train", what, "Lower train.lr, or look for broken scans with medseg-diff check.")
         return float("nan")
     state.optimizer.step()
-    decay = min(config.train.ema, (1 + state.step) / (10 + state.step))
+    steps = state.step - state.stage_step
+    decay = min(config.train.ema, (1 + steps) / (10 + steps))
     with torch.no_grad():
         torch._foreach_lerp_(list(state.average.parameters()), list(state.network.parameters()), 1 - decay)
     return float(loss)
@@ -65,12 +76,17 @@ def loss_of(
     class_weight: Float[Tensor, "classes"],
     teach_condition: bool,
 ) -> Float[Tensor, ""]:
-    """The loss of one forward pass; the network is called, wrapped or not."""
+    """The loss of one forward pass; the network is called, wrapped or not.
+
+    A batch with noise for draws teaches the denoiser of conditional, one without its mean head.
+    """
     diffusion, device, classes = config.diffusion, batch.image.device, len(class_weight)
     with autocast(device, _precision(config, device)):
         match config.network.kind:
             case "conditional":
-                return conditional_loss(
+                if not batch.shared.shape[1]:
+                    return mean_head_loss(network, batch.image, batch.labels, class_weight)
+                return denoiser_loss(
                     network,
                     batch.image,
                     batch.labels,
@@ -80,9 +96,7 @@ def loss_of(
                     batch.fields,
                     classes=classes,
                     scale=diffusion.scale,
-                    mean_weight=config.train.mean_weight,
                     score=score,
-                    class_weight=class_weight,
                 )
             case "unet":
                 return unet_loss(network, batch.image, batch.labels, classes=classes)
