@@ -73,10 +73,6 @@ def train(config: Config, folder: Path, device: torch.device, *, fresh: bool = F
         with _finishing(tracker), Interrupt() as interrupt, progress("training", 1.0) as advance:
             while not (_done(state, config) and state.validated_step == state.step):
                 spent = state.spent(budget)
-                if _mean_head_done(state, config):
-                    say(f"step {state.step}: the mean head is done, the denoiser begins")
-                    best = load_model(folder / "best.safetensors", device).network if state.stale else None
-                    state.teach_denoiser(best)
                 if spent >= (state.validated + 1) / budget.validations or _done(state, config):
                     state.save(folder / "state.pt")
                     with interrupt.at_once():
@@ -89,6 +85,11 @@ def train(config: Config, folder: Path, device: torch.device, *, fresh: bool = F
                     draw_curves({name: history.curve(name) for name in CURVES}, folder / "curves.png")
                     shown = ", ".join(f"{name} {found[name]:.4f}" for name in CURVES if name in found)
                     say(f"step {state.step}: {shown}")
+                    continue
+                if _mean_head_done(state, config):
+                    say(f"step {state.step}: the mean head is done, the denoiser begins")
+                    over = state.impatient(budget)
+                    state.teach_denoiser(load_model(folder / "best.safetensors", device).network if over else None)
                     continue
                 begun = time.monotonic()
                 state.recent.append(take_step(state, config, volumes, len(values)))
@@ -166,8 +167,8 @@ def _validate(
     """Writes `model.safetensors`, judges the file, writes into it scores and calibration, keeps the best.
 
     The best, `best.safetensors`, is that of the least NLL where a distribution of masks is learned: it rises when the
-    network becomes too sure, and Dice does not fall then. The denoiser that is taught after is the better the longer.
-    Else the best is that of the highest Dice, or the least loss.
+    network becomes too sure, and Dice does not fall then. Once the denoiser is taught, the best is the last. Else it is
+    that of the highest Dice, or the least loss.
     """
     path, weights = folder / "model.safetensors", state.average.state_dict()
     about = Description(without_paths(config), dataset.labels, dataset.channels, {}, tags, {"steps": state.step})

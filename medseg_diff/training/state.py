@@ -15,7 +15,7 @@ from medseg_diff.datasets.cache import Volume
 from medseg_diff.errors import UserError, reason
 from medseg_diff.training.objective import VolumeScore, class_weights
 
-MEAN_HEAD = 0.75
+MEAN_HEAD = 0.85
 """Share of the budget for the encoder of the conditional network and its mean head. The denoiser comes after them: it
 learns how far from the borders that they see the masks differ, which is another question as long as they move."""
 
