@@ -5,15 +5,30 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import gdcm
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import BasicTextSRStorage, ExplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import (
+    BasicTextSRStorage,
+    DeflatedExplicitVRLittleEndian,
+    EnhancedMRImageStorage,
+    ExplicitVRLittleEndian,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    MRImageStorage,
+    RLELossless,
+    SegmentationStorage,
+    generate_uid,
+)
 
 from medseg_diff.errors import UserError
-from medseg_diff.scans.read import find_scans, read_scan
+from medseg_diff.scans.find import find_scans
+from medseg_diff.scans.frames import is_dicom
+from medseg_diff.scans.read import read_scan
 from medseg_diff.scans.rtstruct import write_rtstruct
 from medseg_diff.scans.write import write_dicom_seg
 
@@ -118,15 +133,80 @@ def test_rescaling_of_each_slice_is_applied(tmp_path):
     np.testing.assert_allclose(read_scan(folder).array[0], expected, rtol=1e-6)
 
 
-def test_compressed_slices_are_decoded(tmp_path):
-    folder = tmp_path / "rle"
-    folder.mkdir()
+@pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, JPEGLosslessSV1])
+def test_compressed_slices_are_decoded(tmp_path, syntax):
     values = np.random.default_rng(0).integers(-2000, 2000, (64, 64, 3), dtype=np.int16)
+    folder = tmp_path / "packed"
+    folder.mkdir()
     for z in range(3):
-        image = slice_at(z, values[:, :, z], Rows=64, Columns=64)
-        image.compress(RLELossless, generate_instance_uid=False)
-        image.save_as(folder / f"{z}.dcm")
+        path = folder / f"{z}.dcm"
+        slice_at(z, values[:, :, z], Rows=64, Columns=64).save_as(path)
+        compress(path, syntax)
     np.testing.assert_array_equal(read_scan(folder).array[0], values)
+
+
+def compress(path: Path, syntax: str) -> None:
+    """By GDCM where pydicom has no encoder."""
+    if syntax != JPEGLosslessSV1:
+        image = pydicom.dcmread(path)
+        image.compress(syntax, generate_instance_uid=False)
+        image.save_as(path)
+        return
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFileName(str(path))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+    assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == syntax
+
+
+SHIPPED = sorted(Path(get_testdata_file("MR_small.dcm", download=False)).parent.rglob("*"))
+
+
+def test_the_images_that_pydicom_ships_are_read_as_simpleitk_reads_them_or_refused(tmp_path):
+    """Those without a place in the world, in colour, truncated or padded are refused; no other error is raised."""
+    read = set()
+    for path in SHIPPED:
+        if not is_dicom(path) and path.suffix != ".dcm":
+            continue
+        try:
+            scan = read_scan(path)
+        except UserError:
+            continue
+        read.add(path.name)
+        oracle = sitk.ReadImage(path)
+        np.testing.assert_array_equal(scan.array[0], sitk.GetArrayFromImage(oracle).transpose(2, 1, 0))
+        lps = oracle.TransformIndexToPhysicalPoint((0, 0, 0)), oracle.TransformIndexToPhysicalPoint((3, 2, 0))
+        for index, place in zip(((0, 0, 0), (3, 2, 0)), lps, strict=True):
+            np.testing.assert_allclose((scan.affine @ [*index, 1])[:3], np.array(place) * [-1, -1, 1], atol=1e-3)
+    expected = {"693_J2KI.dcm", "CT_small.dcm", "J2K_pixelrep_mismatch.dcm", "MR_small.dcm", "examples_overlay.dcm"}
+    expected |= {f"MR_small_{end}.dcm" for end in ("RLE", "bigendian", "expb", "implicit", "jp2klossless")}
+    assert read >= expected | {"MR_small_jpeg_ls_lossless.dcm"}
+    assert not read & {"MR_truncated.dcm", "MR_small_padded.dcm", "rtdose.dcm", "liver_1frame.dcm", "badVR.dcm"}
+
+
+def test_studies_that_pydicom_ships(tmp_path):
+    """Each holds several series, the last also radiographs, which have no place in the world and hinder no other."""
+    angiography, heart, head = (next(p for p in SHIPPED if p.name == n) for n in ("98892003", "98892001", "77654033"))
+    with pytest.raises(UserError, match=r"it holds 7 series \(700: ANGIO Projected from   C, 7 slices; .*--series 700"):
+        read_scan(angiography)
+    with pytest.raises(UserError, match="size, spacing or orientation differs"):  # a projection turns
+        read_scan(angiography, series="700")
+    with pytest.raises(UserError, match=r"4: Scout, 2 slices; 5: SmartScore - Gated 0\.5 sec, 5 slices"):
+        read_scan(heart)
+    scan, alone = read_scan(heart, series="5"), read_scan(heart / "CT5N")
+    assert scan.shape == (16, 16, 5)
+    np.testing.assert_array_equal(scan.array, alone.array)
+    assert_same_place(heart / "CT5N")
+    with pytest.raises(UserError, match="17106 and 17136 lie 202 mm apart"):
+        read_scan(head)
+    with pytest.raises(UserError, match="lacks the slice's geometry"):
+        read_scan(head / "CR1")
 
 
 def test_a_tilted_gantry_is_kept_as_shear(tmp_path):
@@ -159,13 +239,90 @@ def test_a_duplicated_slice_is_refused(tmp_path):
     assert "copy.dcm" in what
 
 
-def test_two_series_are_refused_and_listed(tmp_path):
-    folder = make_series(tmp_path / "two")
-    slice_at(3.0, SeriesInstanceUID=generate_uid()).save_as(folder / "other.dcm")
+def test_several_series_are_listed_and_one_is_chosen(tmp_path):
+    folder = make_series(tmp_path / "two", SeriesNumber=3, SeriesDescription="T1\x1b[31m\n MPRAGE")
+    other = generate_uid()
+    slice_at(3.0, VALUES[:, :, 5], SeriesInstanceUID=other, SeriesNumber=12).save_as(folder / "other.dcm")
     what = refusal(folder)
-    assert "2 series" in what
-    assert "6 slices" in what
-    assert "1 slices, the first in other.dcm" in what
+    assert "it holds 2 series (3: T1[31m MPRAGE, 6 slices; 12: no description, 1 slices)" in what
+    for name in ("12", other):
+        scan = read_scan(folder, series=name)
+        np.testing.assert_array_equal(scan.array[0], VALUES[:, :, 5:])
+        assert scan.series == name
+    np.testing.assert_array_equal(read_scan(folder, series="3").array[0], VALUES)
+    with pytest.raises(UserError, match=r"it holds no series 4 \(3: T1.*Choose one: --series 3"):
+        read_scan(folder, series="4")
+
+
+def test_series_of_one_number_are_told_apart_by_their_uid(tmp_path):
+    folder, other = make_series(tmp_path / "two", SeriesNumber=3), generate_uid()
+    slice_at(3.0, SeriesInstanceUID=other, SeriesNumber=3).save_as(folder / "other.dcm")
+    with pytest.raises(UserError, match="no series 3"):
+        read_scan(folder, series="3")
+    assert f"{other}: no description, 1 slices" in refusal(folder)
+    assert read_scan(folder, series=other).shape == (COLUMNS, ROWS, 1)
+
+
+def test_a_series_in_nested_folders_is_one(tmp_path):
+    make_series(tmp_path / "study")
+    (tmp_path / "study/a/b").mkdir(parents=True)
+    (tmp_path / "study/7.dcm").rename(tmp_path / "study/a/b/7.dcm")
+    np.testing.assert_array_equal(read_scan(tmp_path / "study").array[0], VALUES)
+
+
+def enhanced(path: Path, order=range(SLICES), step: float = 2.5, **changes: object) -> Path:
+    """One file of all the slices, in any order of frames, each with its own slope."""
+    image = slice_at(0, VALUES[:, :, [*order]].transpose(2, 1, 0).reshape(-1, COLUMNS).T, **changes)
+    image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = EnhancedMRImageStorage
+    image.NumberOfFrames = str(len(order))
+    shared, image.PerFrameFunctionalGroupsSequence = Dataset(), []
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [Dataset()], [Dataset()]
+    shared.PixelMeasuresSequence[0].PixelSpacing = image.PixelSpacing
+    shared.PlaneOrientationSequence[0].ImageOrientationPatient = image.ImageOrientationPatient
+    image.SharedFunctionalGroupsSequence = [shared]
+    for z in order:
+        frame = Dataset()
+        frame.PlanePositionSequence, frame.PixelValueTransformationSequence = [Dataset()], [Dataset()]
+        frame.PlanePositionSequence[0].ImagePositionPatient = slice_at(z * step).ImagePositionPatient
+        frame.PixelValueTransformationSequence[0].RescaleSlope = str(1 + z)
+        frame.PixelValueTransformationSequence[0].RescaleIntercept = "-3"
+        image.PerFrameFunctionalGroupsSequence.append(frame)
+    for name in ("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"):
+        delattr(image, name)
+    image.save_as(path)
+    return path
+
+
+@pytest.mark.parametrize("syntax", [None, RLELossless])
+def test_frames_of_one_file_lie_where_the_slices_of_many_lie(tmp_path, syntax):
+    path = enhanced(tmp_path / "all.dcm", [3, 0, 5, 1, 4, 2])
+    if syntax:
+        image = pydicom.dcmread(path)
+        image.compress(syntax, generate_instance_uid=False)
+        image.save_as(path)
+    scan, series = read_scan(path), read_scan(make_series(tmp_path / "series"))
+    assert (scan.name, scan.kind) == ("all", "dicom")
+    np.testing.assert_array_equal(scan.array[0], VALUES * (1 + np.arange(SLICES)) - 3)
+    np.testing.assert_allclose(scan.affine, series.affine, atol=1e-6)
+
+
+def test_a_frame_that_is_missing_or_has_no_place_is_refused(tmp_path):
+    what = refusal(enhanced(tmp_path / "gap.dcm", [0, 1, 3, 4]))
+    assert "gap.dcm (frame 2) and gap.dcm (frame 3) lie 5 mm apart" in what
+    assert "same place" in refusal(enhanced(tmp_path / "twice.dcm", [0, 1, 1, 2]))
+    path = enhanced(tmp_path / "fewer.dcm")
+    image = pydicom.dcmread(path)
+    del image.PerFrameFunctionalGroupsSequence[-1]
+    image.save_as(path)
+    assert "several frames without a place" in refusal(path)
+
+
+def test_derived_objects_beside_a_series_are_ignored(tmp_path):
+    folder = make_series(tmp_path / "series")
+    mask = slice_at(0, SeriesInstanceUID=generate_uid(), NumberOfFrames="3")
+    mask.SOPClassUID = mask.file_meta.MediaStorageSOPClassUID = SegmentationStorage
+    mask.save_as(folder / "mask.dcm")
+    assert read_scan(folder).warnings == ("1 files that are no DICOM slices were ignored",)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +342,11 @@ def test_two_series_are_refused_and_listed(tmp_path):
         ({"ImagePositionPatient": None}, "lacks the slice's geometry"),
         ({"PixelSpacing": None}, "lacks the slice's geometry"),
         ({"NumberOfFrames": "3"}, "several frames"),
-        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "several frames or colours"),
+        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "colours"),
+        ({"ModalityLUTSequence": [Dataset()]}, "lookup table"),
+        ({"PixelSpacing": [-1.1, 0.7]}, "lacks the slice's geometry"),
+        ({"ImageOrientationPatient": [2, 0, 0, 0, 1, 0]}, "lacks the slice's geometry"),
+        ({"ImageOrientationPatient": ["nan", 0, 0, 0, 1, 0]}, "lacks the slice's geometry"),
     ],
 )
 def test_a_slice_that_does_not_fit_is_refused(tmp_path, changes, what):
@@ -197,13 +358,16 @@ def test_a_slice_that_does_not_fit_is_refused(tmp_path, changes, what):
     assert caught.value.where.endswith("odd.dcm")
 
 
-def test_an_unknown_transfer_syntax_is_refused_by_its_uid(tmp_path):
+def test_a_transfer_syntax_without_a_decoder_is_refused_by_its_uid(tmp_path):
     folder = make_series(tmp_path / "series")
     odd = slice_at(SLICES * 2.5, PixelData=pydicom.encaps.encapsulate([b"not decoded"]))
     odd["PixelData"].is_undefined_length = True
     odd.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.201"
     odd.save_as(folder / "odd.dcm")
     assert "1.2.840.10008.1.2.4.201" in refusal(folder)
+    odd.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    odd.save_as(folder / "odd.dcm")
+    assert "1.2.840.10008.1.2.1.99" in refusal(folder)
 
 
 def test_a_truncated_slice_is_refused(tmp_path):
@@ -225,7 +389,7 @@ def test_files_that_are_no_images_are_ignored_with_a_warning(tmp_path):
     report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
     report.save_as(folder / "report.dcm")
     (folder / "._7.dcm").write_bytes(b"left by a Mac")
-    assert read_scan(folder).warnings == ("2 files that are no DICOM images were ignored",)
+    assert read_scan(folder).warnings == ("2 files that are no DICOM slices were ignored",)
 
 
 def test_a_hostile_patient_name_goes_nowhere(tmp_path, capfd):
@@ -286,8 +450,8 @@ def test_a_zip_that_explodes_or_is_damaged_is_refused(tmp_path):
 
 def test_a_folder_of_series_stands_for_each(tmp_path):
     a, b = make_series(tmp_path / "a"), make_series(tmp_path / "b")
-    assert find_scans([a]) == [a]
-    assert find_scans([tmp_path]) == [a, b]
+    assert [source.path for source in find_scans([a])] == [a]
+    assert [source.path for source in find_scans([tmp_path])] == [a, b]
     with pytest.raises(UserError, match="one channel"):
         read_scan(a, channels=2)
 

@@ -11,7 +11,7 @@ from skimage.measure import find_contours
 
 from medseg_diff import __version__
 from medseg_diff.files import replacing
-from medseg_diff.scans.dicom import muted
+from medseg_diff.scans.frames import muted
 from medseg_diff.scans.itk import LPS_TO_RAS
 from medseg_diff.scans.read import Scan
 from medseg_diff.scans.write import PATIENT_AND_STUDY, label_colors, source_headers

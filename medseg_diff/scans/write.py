@@ -14,7 +14,9 @@ from medseg_diff import __version__
 from medseg_diff.errors import UserError
 from medseg_diff.files import replacing
 from medseg_diff.palette import LABEL_COLORS
-from medseg_diff.scans.dicom import dicom_folder, muted, read_slices
+from medseg_diff.scans.archive import unpacked
+from medseg_diff.scans.dicom import read_frames
+from medseg_diff.scans.frames import muted
 from medseg_diff.scans.geometry import header_for
 from medseg_diff.scans.itk import LPS_TO_RAS
 from medseg_diff.scans.read import Scan
@@ -174,9 +176,11 @@ def source_headers(scan: Scan, item: str, values: list[int]) -> list[pydicom.Dat
         raise UserError(scan.path, f"{item} needs a DICOM series", f"Leave {item} out of --save.")
     if not values:
         raise UserError(scan.path, f"nothing was segmented for {item}", f"Leave {item} out of --save.")
-    with dicom_folder(scan.path) as folder:
-        slices, _ = read_slices(scan.path, folder)
-        headers: list[pydicom.Dataset] = [pydicom.dcmread(s.path, stop_before_pixels=True) for s in slices]
+    with unpacked(scan.path) as folder:
+        frames, _ = read_frames(scan.path, folder, scan.series)
+        headers: list[pydicom.Dataset] = [
+            pydicom.dcmread(file, stop_before_pixels=True) for file in dict.fromkeys(frame.path for frame in frames)
+        ]
     for header in headers:
         for tag in (*PATIENT_AND_STUDY, "SliceThickness"):
             if tag not in header:
