@@ -1,4 +1,4 @@
-"""NRRD, MHA and PNG through SimpleITK, after the checks that it leaves out."""
+"""NRRD, MHA, PNG and TIFF through SimpleITK, after the checks that it leaves out."""
 
 import os
 from pathlib import Path
@@ -13,6 +13,7 @@ from medseg_diff.scans.payload import COPY_AGAIN, Payload
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 HEADER_LIMIT = 1 << 20
+PICTURES = (".png", ".tif", ".tiff")
 
 
 def read_itk(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -24,16 +25,20 @@ def read_itk(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray, list[st
         reader.ReadImageInformation()
         sizes, components = reader.GetSize(), reader.GetNumberOfComponents()
         x, y, z = (*sizes[:3], 1)[:3]
+        picture = path.suffix.lower() in PICTURES
         if "complex" in sitk.GetPixelIDValueAsString(reader.GetPixelIDValue()):
             raise UserError(path, "its voxels are complex", "Convert it to integer or float32 gray values.")
         frames = components * int(np.prod(sizes[3:], dtype=object))
         if frames != channels:
             advice = "Give one gray value a voxel." if channels == 1 else "Give every channel, in the model's order."
             raise UserError(path, f"it holds {frames} values a voxel where {channels} are read", advice)
-        affine = _affine(reader)
+        if picture and (z > 1 or components > 3):  # 4 are also what ITK makes of TIFF files beyond its own reading
+            advice = "Save it as a plain picture, or a stack as NIfTI, NRRD or MHA."
+            raise UserError(path, "it holds several pages, transparency or an unusual kind of pixels", advice)
+        affine = LPS_TO_RAS.copy() if picture else _affine(reader)
         warnings = check_geometry(path, affine, (x, y, z, frames))
-        if path.suffix.lower() == ".png":
-            warnings.append("a PNG has no voxel size: 1 mm is assumed")
+        if picture:
+            warnings.append("a picture has no voxel size: 1 mm is assumed")
         else:
             _check_container(path, x * y * z * frames * _bytes_a_value(reader.GetPixelIDValue()))
         values = sitk.GetArrayFromImage(reader.Execute())  # t z y x, components last

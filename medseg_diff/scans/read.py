@@ -14,7 +14,8 @@ from medseg_diff.scans.itk import read_itk
 from medseg_diff.scans.nifti import Header, read_nifti
 
 KINDS = {
-    ".nii.gz": "nifti", ".nii": "nifti", ".nrrd": "nrrd", ".mha": "mha", ".mhd": "mha", ".png": "png", ".zip": "dicom",
+    ".nii.gz": "nifti", ".nii": "nifti", ".hdr": "nifti", ".nrrd": "nrrd", ".mha": "mha", ".mhd": "mha",
+    ".png": "png", ".tif": "tiff", ".tiff": "tiff", ".zip": "dicom",
 }  # fmt: skip
 NAMED = (".dcm", ".img")
 """Read when they are named, but no scans of a folder: a slice of a series, the voxels of a .hdr."""
@@ -31,7 +32,7 @@ class Scan:
         array: finite values.
         affine: voxel index to RAS world, in mm.
         header: the template for files on the same grid; in the file's own unit where that is not mm.
-        kind: nifti, nrrd, mha, png or dicom.
+        kind: nifti, nrrd, mha, png, tiff or dicom.
         warnings: sentences about what had to be assumed or mended.
         series: the number or UID of the DICOM series, where one was chosen.
 
@@ -64,7 +65,7 @@ class Scan:
 
 
 def read_scan(path: str | Path, channels: int = 1, series: str | None = None) -> Scan:
-    """Reads a NIfTI, NRRD, MHA or PNG file, a DICOM series folder or a zip of one; UserError if it can't be trusted.
+    """Reads a NIfTI, NRRD, MHA, PNG or TIFF file, a DICOM file, folder or zip; UserError if it can't be trusted.
 
     `series` is the number or the UID of a DICOM series, for folders of several.
     """
@@ -138,6 +139,8 @@ def _read(
     path: Path, channels: int, series: str | None = None
 ) -> tuple[np.ndarray, np.ndarray, Header, str, list[str]]:
     """Values "channels x y z" as the file has them, affine in mm, header, kind, warnings."""
+    if path.suffix.lower() == ".img":
+        path = path.with_suffix(".hdr")
     try:
         if not path.exists():
             raise UserError(path, "it does not exist", "Check the path.")
