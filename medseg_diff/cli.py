@@ -127,24 +127,30 @@ def segment(
     save: Annotated[
         str, typer.Option(help="From seg,prob,uncertainty,samples,preview,report,dicom-seg,rtstruct,seg-nrrd.")
     ] = "seg,uncertainty,preview,report",
+    series: Annotated[
+        str | None, typer.Option(help="Number or UID of the DICOM series, of a folder with several.")
+    ] = None,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Leave scans that have a report of the same model and settings.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Segment scans: masks and uncertainty on each scan's own grid, a preview, a report."""
-    from medseg_diff.scans.read import find_scans
-
-    found = find_scans(scans)
     loaded = _load(model, device, "segment", sampler, fuse)
     from medseg_diff.segment import segment_files
 
     items = [item.strip() for item in save.split(",") if item.strip()]
-    reports, refused = segment_files(found, loaded, out, samples=samples, steps=steps, seed=seed, items=items)
+    reports, refused = segment_files(
+        scans, loaded, out,
+        samples=samples, steps=steps, seed=seed, items=items, series=series, skip_existing=skip_existing,
+    )  # fmt: skip
     if as_json:
         print(json.dumps({"reports": reports, "refused": [vars(error) for error in refused]}, indent=2))
     else:
         for report in reports:
             volumes = ", ".join(f"{label['name']} {label['volume_ml']:.2f} ml" for label in report["labels"])
             print(f"{report['scan']}: {volumes}")
-        print(f"{len(reports)} of {len(found)} scans segmented into {out}")
+        print(f"{len(reports)} of {len(reports) + len(refused)} scans segmented into {out}")
         for error in refused:
             print(f"refused: {error.where}: {error.what}")
     if refused:

@@ -17,13 +17,15 @@ from jaxtyping import Float, Integer
 from medseg_diff import __version__
 from medseg_diff.calibrated import NOMINAL, told
 from medseg_diff.checkpoint import Model
-from medseg_diff.config import SAMPLING
+from medseg_diff.config import MASK_DENOISERS, SAMPLING
 from medseg_diff.console import progress, say, whole
 from medseg_diff.datasets.pipeline import prepare, preprocessing, restore
 from medseg_diff.denoising import method_of
 from medseg_diff.ensemble import LabelReport, Tally, label_reports, nominal_level
 from medseg_diff.errors import UserError
 from medseg_diff.inference import Prediction, predict
+from medseg_diff.reports import ENDING, earlier_report, write_table
+from medseg_diff.scans.find import Source, find_scans, opened
 from medseg_diff.scans.preview import draw_preview
 from medseg_diff.scans.read import Scan, read_scan
 from medseg_diff.scans.rtstruct import write_rtstruct
@@ -32,7 +34,7 @@ from medseg_diff.uncertainty.calibration import expected_dice
 
 FILES = {
     "seg": "_seg.nii.gz", "prob": "_prob.nii.gz", "uncertainty": "_uncertainty.nii.gz", "samples": "_samples.nii.gz",
-    "preview": "_preview.png", "report": "_report.json",
+    "preview": "_preview.png", "report": ENDING,
     "dicom-seg": "_seg.dcm", "rtstruct": "_rtstruct.dcm", "seg-nrrd": ".seg.nrrd",
 }  # fmt: skip
 """What `--save` may ask for, and what follows the scan's name in the file's."""
@@ -123,61 +125,98 @@ def segment_files(
     steps: int | None = None,
     seed: int = 0,
     items: Sequence[str] = DEFAULT_ITEMS,
+    series: str | None = None,
+    skip_existing: bool = False,
 ) -> tuple[list[dict[str, Any]], list[UserError]]:
-    """Segments scan after scan into `out`; the reports of what was written, and the errors of what was refused.
+    """Segments every scan that `scans` stand for into `out`: the reports of what is there, and the errors of the rest.
 
-    A refused scan leaves nothing. Raises UserError for items that this model does not have.
+    Folders and archives stand for the scans in them, and their results lie in `out` as these lie in the folder; with
+    `series`, a folder is one scan. A refused scan leaves nothing. With `skip_existing`, what has a report of the same
+    scan, model and settings is left as it is. Raises UserError for items that this model does not have, and for two
+    scans of one name.
     """
     items = tuple(dict.fromkeys(items))
     _check_items(items, model)
-    reports, refused = [], []
-    settings = model.about.config.segment
-    drawing = model.about.config.network.kind in SAMPLING
-    count = (samples or settings.samples) if drawing else 0
-    with progress("segmenting", len(scans)) as advance:
-        for path in scans:
-            with whole(advance) as part:
-                try:
-                    with _refusing(path):
-                        report = _segment_file(path, model, out, count, steps or settings.steps, seed, items, part)
-                        reports.append(report)
-                except UserError as error:
-                    say(f"refused: {error}")
-                    refused.append(error)
+    if skip_existing and "report" not in items:
+        raise UserError("--skip-existing", "only reports tell what exists", "Add report to --save.")
+    config = model.about.config
+    drawing = config.network.kind in SAMPLING
+    made_of = {
+        "model": {"path": str(model.path), "digest": model.digest, "version": model.about.version},
+        "program": __version__,
+        "seed": seed,
+        "samples": (samples or config.segment.samples) if drawing else 0,
+        "steps": steps or config.segment.steps,
+        "sampler": method_of(config) if drawing else None,
+        "fuse": config.segment.fuse if config.network.kind in MASK_DENOISERS else None,
+        "items": list(items),
+    } | ({} if series is None else {"series": series})
+    sources = find_scans(list(scans), apart=out) if series is None else [Source(path, path) for path in scans]
+    reports: list[dict[str, Any]] = []
+    refused: list[UserError] = []
+    try:
+        for source, part in _each(sources, refused):
+            with _refusing(source, refused):
+                said = {"scan": str(source.shown)} | made_of
+                place = out / source.under
+                report = earlier_report(place / (source.name + ENDING), said) if skip_existing else None
+                reports.append(report or _segment_file(source, model, place, said, part))
+    finally:
+        if "report" in items and reports:
+            write_table(out, refused)
     return reports, refused
 
 
+def _each(sources: Sequence[Source], refused: list[UserError]) -> Iterator[tuple[Source, Callable[[float], object]]]:
+    """Every scan, those of an archive one by one, and what is to be told of each part of it that is done."""
+
+    def portion(part: Callable[[float], None], count: int) -> Callable[[float], object]:
+        return lambda share: part(share / count)
+
+    with progress("segmenting", len(sources)) as advance:
+        for source in sources:
+            with whole(advance) as part, _refusing(source, refused), opened(source) as held:
+                for one in held:
+                    yield one, portion(part, len(held))
+
+
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """What the disk or the memory cannot hold is a reason to refuse one scan, and none to drop the others."""
+def _refusing(source: Source, refused: list[UserError]) -> Iterator[None]:
+    """What is wrong with one scan, or more than disk and memory can hold, is noted, and the others go on."""
+    try:
+        with _told(source):
+            yield
+    except UserError as error:
+        where = error.where.replace(str(source.path), str(source.shown), 1)
+        refused.append(UserError(where, error.what, error.advice))
+        say(f"refused: {refused[-1]}")
+
+
+@contextmanager
+def _told(source: Source) -> Iterator[None]:
+    """What the disk or the memory cannot hold, as a UserError."""
     try:
         yield
     except OSError as error:
         what = f"its results cannot be written ({error.strerror or error})"
-        raise UserError(path, what, "Free some space, or choose another --out.") from error
+        raise UserError(source.path, what, "Free some space, or choose another --out.") from error
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or re.search("out of memory|not enough memory|allocate", str(error))):
             raise
         advice = "Crop the scan, draw fewer --samples, or use another --device."
-        raise UserError(path, "it needs more memory than there is", advice) from error
+        raise UserError(source.path, "it needs more memory than there is", advice) from error
 
 
 def _segment_file(
-    path: Path,
-    model: Model,
-    out: Path,
-    samples: int,
-    steps: int,
-    seed: int,
-    items: Sequence[str],
-    part: Callable[[float], None],
+    source: Source, model: Model, out: Path, made_of: dict[str, Any], part: Callable[[float], object]
 ) -> dict[str, Any]:
     begin = time.perf_counter()
-    scan = read_scan(path, len(model.about.channels))
+    scan = read_scan(source.path, len(model.about.channels), made_of.get("series"))
+    samples, steps, seed, items = (made_of[key] for key in ("samples", "steps", "seed", "items"))
     bound = [item for item in items if item in DICOM_ITEMS]
     if bound and scan.kind != "dicom":
         what = f"it is no DICOM series, and {' and '.join(bound)} would belong to one"
-        raise UserError(path, what, f"Leave {','.join(bound)} out of --save.")
+        raise UserError(scan.path, what, f"Leave {','.join(bound)} out of --save.")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".segment-") as folder:
         aside = Path(folder)
@@ -188,18 +227,11 @@ def _segment_file(
             warnings.append(f"nothing was segmented: no {' and no '.join(bound)} is written")
             items = [item for item in items if item not in bound]
         for warning in warnings:
-            say(f"warning: {scan.path}: {warning}")
+            say(f"warning: {source.shown}: {warning}")
         if model.about.config.use:
             warnings.append(f"the model is {model.about.config.use}")
         files = {item: scan.name + FILES[item] for item in items}
-        report = {
-            "scan": str(scan.path),
-            "model": {"path": str(model.path), "digest": model.digest, "version": model.about.version},
-            "program": __version__,
-            "seed": seed,
-            "samples": samples,
-            "steps": steps,
-            "sampler": method_of(model.about.config) if samples else None,
+        report = made_of | {
             "seconds": round(time.perf_counter() - begin, 3),
             "warnings": warnings,
             "uncertainty": "1 - probability of the reported label",
