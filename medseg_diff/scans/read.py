@@ -95,43 +95,12 @@ def read_label_map(path: str | Path) -> tuple[Int[np.ndarray, "x y z"], Float64[
 
 def scan_name(path: Path) -> str:
     """The stem of a scan's outputs: knee.nii.gz -> knee, a folder -> its name."""
-    suffix = _suffix(path) or (path.suffix if path.suffix.lower() in NAMED and path.is_file() else "")
+    suffix = suffix_of(path) or (path.suffix if path.suffix.lower() in NAMED and path.is_file() else "")
     return path.name[: -len(suffix)] if suffix else path.resolve().name
 
 
-def find_scans(paths: list[Path]) -> list[Path]:
-    """The scans that `paths` stand for: a folder of scans gives its scans, sorted; anything else stands for itself.
-
-    Two scans whose outputs would have the same name are a UserError; `read_scan` refuses what cannot be read.
-    """
-    found = [scan for path in paths for scan in _scans_at(Path(path))]
-    names: dict[str, Path] = {}
-    for scan in found:
-        other = names.setdefault(scan_name(scan), scan)
-        if other is not scan:
-            raise UserError(
-                scan, f"its outputs would overwrite those of {other}", "Rename one, or run them into two folders."
-            )
-    return found
-
-
-def _scans_at(path: Path) -> list[Path]:
-    try:
-        entries = sorted(entry for entry in path.iterdir() if entry.name[0] != ".") if path.is_dir() else []
-        if _is_series(entries):
-            return [path]
-        return [e for e in entries if _suffix(e) or (e.is_dir() and _is_series(list(e.iterdir())))] or [path]
-    except OSError:
-        return [path]  # `read_scan` says why
-
-
-def _is_series(entries: list[Path]) -> bool:
-    """Whether a folder is one scan; beside other volumes a DICOM file is a stray, as our knee_seg.dcm may be."""
-    volumes = [entry for entry in entries if KINDS.get(_suffix(entry).lower()) in ("nifti", "nrrd", "mha")]
-    return any(map(is_dicom, entries)) and not [entry for entry in volumes if entry.name[0] != "."]
-
-
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
+    """That of a kind of scan, as it is written; else nothing."""
     return next((path.name[-len(s) :] for s in KINDS if path.name.lower().endswith(s)), "")
 
 
@@ -146,7 +115,7 @@ def _read(
             raise UserError(path, "it does not exist", "Check the path.")
         if not (path.is_dir() or path.is_file()):
             raise UserError(path, "it is neither a file nor a folder", "Give a scan file or a DICOM series folder.")
-        kind = "dicom" if path.is_dir() or is_dicom(path) else KINDS.get(_suffix(path).lower())
+        kind = "dicom" if path.is_dir() or is_dicom(path) else KINDS.get(suffix_of(path).lower())
         if kind is None:
             known = ", ".join(KINDS)
             raise UserError(path, "its kind is not known", f"Give a file of {known}, or a DICOM series folder.")
