@@ -258,21 +258,30 @@ def compare(
 
 
 @app.command()
-def check(path: Annotated[Path, typer.Argument(metavar="PATH", help="A data set or a scan.")]) -> None:
-    """Name every problem of a data set or a scan at once, and what to do about each."""
+def check(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A data set or a scan.")],
+    config: Annotated[
+        Path | None, typer.Option("--write-config", metavar="FILE", help="Write a configuration to train on it.")
+    ] = None,
+) -> None:
+    """Name every problem of a data set or a scan at once, and what to do about each; then what the set holds."""
     from medseg_diff.datasets.check import check as inspect
+    from medseg_diff.datasets.check import write_config
 
     problems, contents = inspect(path)
     for problem in problems:
         print(f"{problem.level}: {problem.where}: {problem.what}. {problem.advice}")
     errors = sum(problem.level == "error" for problem in problems)
     print(f"{path}: {errors} errors, {len(problems) - errors} warnings")
-    if errors:
-        raise typer.Exit(2)
     if contents:
         from medseg_diff.console import outline
 
         print(outline(contents))
+    if config:
+        write_config(contents, config)
+        print(f"written: {config}; medseg-diff train --config {config}")
+    if errors:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -326,17 +335,11 @@ def _load(given: str | None, device: str | None, task: str, sampler: StrEnum | N
     from medseg_diff.checkpoint import find_model
 
     path, where = find_model(given, task)
-    from medseg_diff.checkpoint import load_model
+    from medseg_diff.api import open_model
     from medseg_diff.console import say
-    from medseg_diff.denoising import resampled
-    from medseg_diff.device import choose_device
 
-    model = load_model(path, choose_device(device))
-    if model.about.config.task != task:
-        raise UserError(
-            path, f"is a model of task {model.about.config.task}, not {task}", f"Name a model of task {task}."
-        )
+    model = open_model(path, task, device, sampler=sampler and sampler.value, fuse=fuse and fuse.value)
     say(f"model: {path} ({where})")
     if model.about.config.use:
         say(f"warning: the model is {model.about.config.use}")
-    return resampled(model, sampler=sampler and sampler.value, fuse=fuse and fuse.value)
+    return model

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from medseg_diff.config import Config, Diffusion
 from medseg_diff.datasets.cache import Volume
@@ -16,7 +15,14 @@ from medseg_diff.diffusion.masks import one_hot, to_analog
 from medseg_diff.diffusion.schedule import alpha_bar
 from medseg_diff.errors import UserError
 from medseg_diff.training.batch import Batch, draw_step
-from medseg_diff.training.objective import VolumeScore, conditional_loss, generation_loss, mask_loss, unet_loss
+from medseg_diff.training.objective import (
+    VolumeScore,
+    conditional_loss,
+    cross_entropy,
+    generation_loss,
+    mask_loss,
+    unet_loss,
+)
 from medseg_diff.training.state import State
 
 MOST_SKIPPED = 50

@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 from scipy.stats import spearmanr
 
+from medseg_diff.diffusion.masks import IGNORED
+
 SMALLEST = 1e-6
 """Probabilities are clipped to it in the NLL: a certain error costs 13.8."""
 
@@ -89,20 +91,21 @@ class Calibration:
         self, probabilities: Iterable[Float[np.ndarray, "*space"]], reference: Integer[np.ndarray, "*space"]
     ) -> None:
         """Counts a case: a map of every class, of which one is held at a time, and the reference's class indices."""
+        known = reference != IGNORED
         best, right = np.full(reference.shape, -1, np.float32), np.zeros(reference.shape, bool)
         truth = np.zeros(reference.shape, np.float32)
         for index, p in enumerate(probabilities):
             member = reference == index
-            error = (p - member).ravel()
+            error = (p - member)[known]
             self.squared_error += float(error @ error)
             truth[member] = p[member]
             better = p > best
             right[better] = member[better]
             np.maximum(best, p, out=best)
-        self.log_loss -= float(np.log(np.maximum(truth, SMALLEST)).sum(dtype=np.float64))
-        self.confident_errors += int(np.count_nonzero(~right & (best >= CONFIDENT)))
-        band = border_band(reference)
-        _count(self.everywhere, best.ravel(), right.ravel())
+        self.log_loss -= float(np.log(np.maximum(truth[known], SMALLEST)).sum(dtype=np.float64))
+        self.confident_errors += int(np.count_nonzero(known & ~right & (best >= CONFIDENT)))
+        band = border_band(reference) & known
+        _count(self.everywhere, best[known], right[known])
         _count(self.band, best[band], right[band])
 
     def measures(self) -> CalibrationMeasures:
