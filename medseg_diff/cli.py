@@ -125,7 +125,7 @@ def segment(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     save: Annotated[
-        str, typer.Option(help="From seg,prob,uncertainty,samples,preview,report,dicom-seg,rtstruct,seg-nrrd.")
+        str, typer.Option(help="From seg,labels,prob,uncertainty,samples,preview,report,dicom-seg,rtstruct,seg-nrrd.")
     ] = "seg,uncertainty,preview,report",
     series: Annotated[
         str | None, typer.Option(help="Number or UID of the DICOM series, of a folder with several.")

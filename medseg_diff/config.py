@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Snomed = Annotated[str, Field(pattern=r"^\d{6,18} \|[^|~^\\]{1,64}\|$")]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -45,6 +46,9 @@ class Data(_Section):
     """Training size in voxels of the network's grid, one number a dimension, multiples of 16."""
     foreground: Share = 0.5
     """Share of the training crops that are centred on a labelled voxel."""
+    codes: dict[Annotated[int, Field(ge=1)], tuple[Snomed, Snomed]] = {}
+    """Of labels, by value: the SNOMED CT category and type that DICOM segmentations and 3D Slicer name, each as
+    "10200004 |Liver|"; others are "85756007 |Tissue|"."""
     pairs: bool = False
     """With task generate: the mask is generated with the image, as further channels of the same diffusion."""
 

@@ -25,19 +25,21 @@ from medseg_diff.ensemble import LabelReport, Tally, label_reports, nominal_leve
 from medseg_diff.errors import UserError
 from medseg_diff.inference import Prediction, predict
 from medseg_diff.reports import ENDING, earlier_report, write_table
+from medseg_diff.scans.dicom_seg import write_dicom_seg
 from medseg_diff.scans.find import Source, find_scans, opened
 from medseg_diff.scans.preview import draw_preview
 from medseg_diff.scans.read import Scan, read_scan
 from medseg_diff.scans.rtstruct import write_rtstruct
-from medseg_diff.scans.write import label_dtype, write_dicom_seg, write_nifti, write_seg_nrrd
+from medseg_diff.scans.statistics import label_statistics
+from medseg_diff.scans.write import NIFTI, label_dtype, mask_suffix, write_label_map, write_nifti, write_seg_nrrd
 from medseg_diff.uncertainty.calibration import expected_dice
 
 FILES = {
-    "seg": "_seg.nii.gz", "prob": "_prob.nii.gz", "uncertainty": "_uncertainty.nii.gz", "samples": "_samples.nii.gz",
-    "preview": "_preview.png", "report": ENDING,
+    "seg": "_seg.nii.gz", "labels": "_label.nii.gz", "prob": "_prob.nii.gz", "uncertainty": "_uncertainty.nii.gz",
+    "samples": "_samples.nii.gz", "preview": "_preview.png", "report": ENDING,
     "dicom-seg": "_seg.dcm", "rtstruct": "_rtstruct.dcm", "seg-nrrd": ".seg.nrrd",
 }  # fmt: skip
-"""What `--save` may ask for, and what follows the scan's name in the file's."""
+"""What `--save` may ask for, and what follows the scan's name in the file's; masks end as their scan does."""
 
 DICOM_ITEMS = ("dicom-seg", "rtstruct")
 DEFAULT_ITEMS = ("seg", "uncertainty", "preview", "report")
@@ -116,6 +118,13 @@ def sample_frames(
         yield label_map
 
 
+def drawn(model: Model, samples: int | None, steps: int | None) -> tuple[int, int]:
+    """How many samples in how many steps, by default as the model says; a deterministic one draws none."""
+    settings = model.about.config.segment
+    drawing = model.about.config.network.kind in SAMPLING
+    return (samples or settings.samples) if drawing else 0, steps or settings.steps
+
+
 def segment_files(
     scans: Sequence[Path],
     model: Model,
@@ -140,14 +149,14 @@ def segment_files(
     if skip_existing and "report" not in items:
         raise UserError("--skip-existing", "only reports tell what exists", "Add report to --save.")
     config = model.about.config
-    drawing = config.network.kind in SAMPLING
+    samples, steps = drawn(model, samples, steps)
     made_of = {
         "model": {"path": str(model.path), "digest": model.digest, "version": model.about.version},
         "program": __version__,
         "seed": seed,
-        "samples": (samples or config.segment.samples) if drawing else 0,
-        "steps": steps or config.segment.steps,
-        "sampler": method_of(config) if drawing else None,
+        "samples": samples,
+        "steps": steps,
+        "sampler": method_of(config) if samples else None,
         "fuse": config.segment.fuse if config.network.kind in MASK_DENOISERS else None,
         "items": list(items),
     } | ({} if series is None else {"series": series})
@@ -230,30 +239,47 @@ def _segment_file(
             say(f"warning: {source.shown}: {warning}")
         if model.about.config.use:
             warnings.append(f"the model is {model.about.config.use}")
-        files = {item: scan.name + FILES[item] for item in items}
+        files = {name: (item, value) for item in items for name, value in _files(item, scan, model.about.labels)}
+        foreground = [value for value in model.about.labels if value]
+        statistics = label_statistics(found.label_map, foreground, scan.array, scan.affine, model.about.channels)
         report = made_of | {
             "seconds": round(time.perf_counter() - begin, 3),
             "warnings": warnings,
             "uncertainty": "1 - probability of the reported label",
             "interval_nominal": _nominal(model, samples, steps),
             "calibration": told(model.about.calibration, samples, steps),
-            "labels": [asdict(label) for label in found.labels],
-            "written": [str(out / name) for name in files.values()],
+            "labels": [asdict(a) | asdict(b) for a, b in zip(found.labels, statistics, strict=True)],
+            "written": [str(out / name) for name in files],
         }
         # Aside first: a scan that fails at its last item leaves nothing, and keeps what an earlier call wrote.
-        for item, name in files.items():
-            _write(item, found, scan, model, aside / name, report)
-        for name in files.values():
+        for name, (item, value) in files.items():
+            _write(item, value, found, scan, model, aside / name, report)
+        for name in files:
             (aside / name).replace(out / name)
     return report
 
 
-def _write(item: str, found: Segmentation, scan: Scan, model: Model, path: Path, report: dict[str, Any]) -> None:
+def _files(item: str, scan: Scan, names: dict[int, str]) -> list[tuple[str, int]]:
+    """The file's name, and 0; of `labels` one for each label, with its value and what a file's name can hold of it."""
+    if item not in ("seg", "labels"):
+        return [(scan.name + FILES[item], 0)]
+    stem, suffix = scan.name + FILES[item].removesuffix(NIFTI), mask_suffix(scan)
+    if item == "seg":
+        return [(stem + suffix, 0)]
+    words = {value: re.sub(r"[^A-Za-z0-9]+", "_", name)[:40] for value, name in names.items() if value}
+    return [(f"{stem}_{value}_{word}{suffix}", value) for value, word in words.items()]
+
+
+def _write(
+    item: str, value: int, found: Segmentation, scan: Scan, model: Model, path: Path, report: dict[str, Any]
+) -> None:
     names, values = model.about.labels, list(model.about.labels)
     foreground = {value: name for value, name in names.items() if value}
     match item:
         case "seg":
-            write_nifti([found.label_map], scan, path, found.label_map.dtype)
+            write_label_map(found.label_map, scan, path)
+        case "labels":
+            write_label_map((found.label_map == value).astype(np.uint8), scan, path)
         case "uncertainty":
             write_nifti([found.uncertainty], scan, path, np.float32)
         case "prob":
@@ -267,11 +293,11 @@ def _write(item: str, found: Segmentation, scan: Scan, model: Model, path: Path,
         case "report":
             path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
         case "dicom-seg":
-            write_dicom_seg(found.label_map, scan, foreground, path)
+            write_dicom_seg(found.label_map, scan, foreground, path, model.about.config.data.codes)
         case "rtstruct":
             write_rtstruct(found.label_map, scan, foreground, path)
         case "seg-nrrd":
-            write_seg_nrrd(found.label_map, scan, foreground, path)
+            write_seg_nrrd(found.label_map, scan, foreground, path, model.about.config.data.codes)
 
 
 def _nominal(model: Model, samples: int, steps: int) -> float | None:

@@ -26,11 +26,11 @@ from pydicom.uid import (
 )
 
 from medseg_diff.errors import UserError
+from medseg_diff.scans.dicom_seg import write_dicom_seg
 from medseg_diff.scans.find import find_scans
 from medseg_diff.scans.frames import is_dicom
 from medseg_diff.scans.read import read_scan
 from medseg_diff.scans.rtstruct import write_rtstruct
-from medseg_diff.scans.write import write_dicom_seg
 
 ROWS, COLUMNS, SLICES = 5, 4, 6
 VALUES = np.arange(COLUMNS * ROWS * SLICES, dtype=np.int16).reshape(COLUMNS, ROWS, SLICES)

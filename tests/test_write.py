@@ -11,8 +11,9 @@ import SimpleITK as sitk
 
 from medseg_diff.errors import UserError
 from medseg_diff.files import replacing
+from medseg_diff.scans.dicom_seg import write_dicom_seg
 from medseg_diff.scans.read import read_label_map, read_scan
-from medseg_diff.scans.write import write_dicom_seg, write_nifti, write_seg_nrrd
+from medseg_diff.scans.write import write_label_map, write_nifti, write_seg_nrrd
 
 SHAPE, VOXEL = (4, 5, 6), (3, 1, 4)
 LABELS = np.zeros(SHAPE, np.uint8)

@@ -126,7 +126,8 @@ def _read(
             values, affine, warnings = read_dicom(path, channels, series)
         else:
             values, affine, warnings = read_itk(path, channels)
-        return values, affine, header_for(affine, values.shape[1:]), kind, warnings
+        shape = values.shape[1:3] if kind in ("png", "tiff") else values.shape[1:]
+        return values, affine, header_for(affine, shape), kind, warnings
     except OSError as error:
         raise UserError(path, f"it cannot be read ({error.strerror})", "Check its permissions and the disk.") from error
     except MemoryError as error:
