@@ -35,23 +35,30 @@ def read_itk(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray, list[st
         if picture and (z > 1 or components > 3):  # 4 are also what ITK makes of TIFF files beyond its own reading
             advice = "Save it as a plain picture, or a stack as NIfTI, NRRD or MHA."
             raise UserError(path, "it holds several pages, transparency or an unusual kind of pixels", advice)
-        affine = LPS_TO_RAS.copy() if picture else _affine(reader)
+        affine = LPS_TO_RAS.copy() if picture else affine_of(reader)
         warnings = check_geometry(path, affine, (x, y, z, frames))
         if picture:
             warnings.append("a picture has no voxel size: 1 mm is assumed")
         else:
             _check_container(path, x * y * z * frames * _bytes_a_value(reader.GetPixelIDValue()))
-        values = sitk.GetArrayFromImage(reader.Execute())  # t z y x, components last
+        values = voxels(reader.Execute())
     except RuntimeError as error:
         raise UserError(path, "it is damaged, or not of the kind its name says", COPY_AGAIN) from error
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(True)
-    if components > 1:
+    return values, affine, warnings
+
+
+def voxels(image: sitk.Image) -> np.ndarray:
+    """Values "channels x y z": the components, or the frames, of an image."""
+    x, y, z = (*image.GetSize()[:3], 1)[:3]
+    values = sitk.GetArrayFromImage(image)  # t z y x, components last
+    if image.GetNumberOfComponentsPerPixel() > 1:
         values = np.moveaxis(values, -1, 0)
-    return values.reshape(frames, z, y, x).transpose(0, 3, 2, 1), affine, warnings
+    return values.reshape(-1, z, y, x).transpose(0, 3, 2, 1)
 
 
-def _affine(reader: sitk.ImageFileReader) -> np.ndarray:
+def affine_of(reader: sitk.ImageFileReader | sitk.Image) -> np.ndarray:
     """RAS affine of the first three axes."""
     n, used = reader.GetDimension(), min(reader.GetDimension(), 3)
     direction = np.array(reader.GetDirection()).reshape(n, n)[:used, :used]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Float32, Float64, Int, Shaped
 
 from medseg_diff.errors import UserError
 from medseg_diff.scans.dicom import read_dicom
@@ -70,7 +70,19 @@ def read_scan(path: str | Path, channels: int = 1, series: str | None = None) ->
     `series` is the number or the UID of a DICOM series, for folders of several.
     """
     path = Path(path)
-    values, affine, header, kind, warnings = _read(path, channels, series)
+    return trusted(path, *_read(path, channels, series), series)
+
+
+def trusted(
+    path: Path,
+    values: Shaped[np.ndarray, "channels x y z"],
+    affine: Float64[np.ndarray, "4 4"],
+    header: Header,
+    kind: str,
+    warnings: list[str],
+    series: str | None = None,
+) -> Scan:
+    """A scan of finite float32 values, what was mended among its warnings; UserError where there is nothing to mend."""
     array = _finite_float32(path, values, warnings)
     for channel in array:
         if channel.min() == channel.max():
