@@ -132,7 +132,7 @@ def prepare(scan: Scan, how: Preprocessing) -> MetaTensor:
 
 def restore(volume: Float[Tensor, "x y z"], affine: Float[Tensor, "4 4"], scan: Scan) -> Float[np.ndarray, "i j k"]:
     """A map on the network's grid, interpolated linearly onto the scan's own: by world position, slab by slab."""
-    source = MetaTensor(volume[None].float().cpu(), affine=affine)
+    source = MetaTensor(volume[None].cpu().double(), affine=affine)  # once: each slab would, of the whole
     resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=np.float64)
     shape = scan.shape
     thickness = max(1, SLAB_VOXELS // (shape[0] * shape[1]))
