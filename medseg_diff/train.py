@@ -201,9 +201,9 @@ def _prepared(cases: Sequence[Case], config: Config, values: list[int], channels
             cases, how, values=values, channels=channels, folder=folder, progress=lambda _: advance()
         )
     labelled = [volume for volume in volumes if len(volume.labels)]
-    if empty := [volume.name for volume in labelled if not volume.centres]:
+    if empty := sorted(volume.name for volume in labelled if not volume.centres):
         say(f"note: {len(empty)} of {len(volumes)} cases show no structure: {first(empty)}")
-    if full := [volume.name for volume in labelled if volume.labels.all()]:
+    if full := sorted(volume.name for volume in labelled if volume.labels.all()):
         say(f"warning: every voxel is labelled in {first(full)}; is their background really 0?")
     return volumes
 

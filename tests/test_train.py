@@ -231,7 +231,8 @@ def test_a_data_set_that_changed_is_not_trained_on(data: Path, tmp_path: Path):
     first = next((copy / "labelsTr").iterdir())
     first.write_bytes(next(p for p in (copy / "labelsTr").iterdir() if p != first).read_bytes())
     description = json.loads((copy / "dataset.json").read_text())
-    description["training"] = description["training"][1:]
+    for path in description["training"].pop(0).values():
+        (copy / path).unlink()
     (copy / "dataset.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match="changed since"):
         train(settings(copy, tmp_path, steps=3, validations=1), tmp_path / "run", CPU)
