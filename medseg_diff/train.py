@@ -202,7 +202,7 @@ def _prepared(cases: Sequence[Case], config: Config, values: list[int], channels
         )
     labelled = [volume for volume in volumes if len(volume.labels)]
     if empty := sorted(volume.name for volume in labelled if not volume.centres):
-        say(f"note: {len(empty)} of {len(volumes)} cases show no structure: {first(empty)}")
+        say(f"warning: the labels of {len(empty)} of {len(volumes)} cases are empty: {first(empty)}")
     if full := sorted(volume.name for volume in labelled if volume.labels.all()):
         say(f"warning: every voxel is labelled in {first(full)}; is their background really 0?")
     return volumes

@@ -178,7 +178,7 @@ def test_empty_labels_are_counted_and_full_ones_stand_out(root: Path, capsys: py
     relabel(root, np.ones_like, range(2, 3))
     rehearse(settings(root, spacing_mm=[4.0, 4.0, 6.0]), root.parent / "run", CPU)
     said = capsys.readouterr().err
-    assert "2 of 5 cases show no structure: phantom_000, phantom_001" in said
+    assert "warning: the labels of 2 of 5 cases are empty: phantom_000, phantom_001" in said
     assert "warning: every voxel is labelled in phantom_002" in said
     assert check(root)[1]["empty"] == 2
 
