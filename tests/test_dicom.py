@@ -10,16 +10,14 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from dicom_series import COLUMNS, ROWS, SLICES, TURN, VALUES, enhanced, make_series, slice_at
 from pydicom.data import get_testdata_file
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.uid import (
     BasicTextSRStorage,
     DeflatedExplicitVRLittleEndian,
-    EnhancedMRImageStorage,
-    ExplicitVRLittleEndian,
     JPEGLosslessSV1,
     JPEGLSLossless,
-    MRImageStorage,
     RLELossless,
     SegmentationStorage,
     generate_uid,
@@ -31,44 +29,6 @@ from medseg_diff.scans.find import find_scans
 from medseg_diff.scans.frames import is_dicom
 from medseg_diff.scans.read import read_scan
 from medseg_diff.scans.rtstruct import write_rtstruct
-
-ROWS, COLUMNS, SLICES = 5, 4, 6
-VALUES = np.arange(COLUMNS * ROWS * SLICES, dtype=np.int16).reshape(COLUMNS, ROWS, SLICES)
-TURN = np.linalg.qr(np.array([[3.0, 1, 0.5], [-1, 2, 0.3], [0.2, -0.4, 4]]))[0]
-TURN *= np.sign(np.linalg.det(TURN))  # right-handed, as every stack of slices is
-SERIES, STUDY, FRAME = generate_uid(), generate_uid(), generate_uid()
-
-
-def slice_at(z: float, values: np.ndarray = VALUES[:, :, 0], **changes: object) -> FileDataset:
-    """One oblique MR slice of 1.1 x 0.7 mm pixels at `z` mm along the normal; a change to None removes the element."""
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = MRImageStorage
-    meta.MediaStorageSOPInstanceUID = generate_uid()
-    image = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
-    image.SOPClassUID, image.SOPInstanceUID = MRImageStorage, meta.MediaStorageSOPInstanceUID
-    image.SeriesInstanceUID, image.StudyInstanceUID, image.FrameOfReferenceUID = SERIES, STUDY, FRAME
-    image.PatientName, image.PatientID, image.Modality = "Doe^Jane", "4711", "MR"
-    image.Rows, image.Columns, image.PixelSpacing = ROWS, COLUMNS, [1.1, 0.7]
-    image.ImageOrientationPatient = [round(float(v), 10) for v in (*TURN[:, 0], *TURN[:, 1])]
-    image.ImagePositionPatient = [round(float(v), 6) for v in TURN @ [3, -20, z]]
-    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
-    image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 16, 16, 15, 1
-    image.PixelData = values.T.astype("<i2").tobytes()
-    for name, value in changes.items():
-        if value is None:
-            delattr(image, name)
-        else:
-            setattr(image, name, value)
-    return image
-
-
-def make_series(folder: Path, places=range(SLICES), step: float = 2.5, **changes: object) -> Path:
-    """A folder of slices at places * step, named so that the order of names is not the order of slices."""
-    folder.mkdir(exist_ok=True)
-    for i in places:
-        slice_at(i * step, VALUES[:, :, i % SLICES], **changes).save_as(folder / f"{(i * 7) % 11}.dcm")
-    return folder
 
 
 def refusal(path: Path) -> str:
@@ -270,29 +230,6 @@ def test_a_series_in_nested_folders_is_one(tmp_path):
     np.testing.assert_array_equal(read_scan(tmp_path / "study").array[0], VALUES)
 
 
-def enhanced(path: Path, order=range(SLICES), step: float = 2.5, **changes: object) -> Path:
-    """One file of all the slices, in any order of frames, each with its own slope."""
-    image = slice_at(0, VALUES[:, :, [*order]].transpose(2, 1, 0).reshape(-1, COLUMNS).T, **changes)
-    image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = EnhancedMRImageStorage
-    image.NumberOfFrames = str(len(order))
-    shared, image.PerFrameFunctionalGroupsSequence = Dataset(), []
-    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [Dataset()], [Dataset()]
-    shared.PixelMeasuresSequence[0].PixelSpacing = image.PixelSpacing
-    shared.PlaneOrientationSequence[0].ImageOrientationPatient = image.ImageOrientationPatient
-    image.SharedFunctionalGroupsSequence = [shared]
-    for z in order:
-        frame = Dataset()
-        frame.PlanePositionSequence, frame.PixelValueTransformationSequence = [Dataset()], [Dataset()]
-        frame.PlanePositionSequence[0].ImagePositionPatient = slice_at(z * step).ImagePositionPatient
-        frame.PixelValueTransformationSequence[0].RescaleSlope = str(1 + z)
-        frame.PixelValueTransformationSequence[0].RescaleIntercept = "-3"
-        image.PerFrameFunctionalGroupsSequence.append(frame)
-    for name in ("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"):
-        delattr(image, name)
-    image.save_as(path)
-    return path
-
-
 @pytest.mark.parametrize("syntax", [None, RLELossless])
 def test_frames_of_one_file_lie_where_the_slices_of_many_lie(tmp_path, syntax):
     path = enhanced(tmp_path / "all.dcm", [3, 0, 5, 1, 4, 2])
@@ -460,49 +397,3 @@ def test_one_slice_is_as_thick_as_it_says(tmp_path):
     scan = read_scan(make_series(tmp_path / "one", [0], SliceThickness="4"))
     assert scan.shape == (COLUMNS, ROWS, 1)
     np.testing.assert_allclose(scan.spacing_mm, (0.7, 1.1, 4), atol=1e-5)
-
-
-def test_an_oblique_series_gets_a_segmentation_and_contours_at_their_place(tmp_path):
-    import highdicom as hd
-
-    scan = read_scan(make_series(tmp_path / "series"))
-    labels = np.zeros(scan.shape, np.uint8)
-    labels[1, 2, 3] = 4
-    expected = (scan.affine @ [1, 2, 3, 1])[:3] * [-1, -1, 1]
-    write_dicom_seg(labels, scan, {0: "background", 4: "Spot"}, tmp_path / "seg.dcm")
-    volume = hd.seg.segread(tmp_path / "seg.dcm").get_volume(combine_segments=True)
-    (index,) = np.argwhere(volume.array)
-    np.testing.assert_allclose(volume.map_indices_to_reference(index[None])[0], expected, atol=1e-4)
-    write_rtstruct(labels, scan, {0: "background", 4: "Spot"}, tmp_path / "rt.dcm")
-    structures = pydicom.dcmread(tmp_path / "rt.dcm")
-    (contour,) = structures.ROIContourSequence[0].ContourSequence
-    points = np.array(contour.ContourData, float).reshape(-1, 3)
-    np.testing.assert_allclose(points.mean(0), expected, atol=1e-3)
-    np.testing.assert_allclose(np.ptp(points @ TURN, axis=0), [0.7, 1.1, 0], atol=1e-3)
-    source = pydicom.dcmread(tmp_path / "series/10.dcm")  # slice 3: 3 * 7 % 11
-    assert contour.ContourImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
-    assert structures.StructureSetROISequence[0].ROIName == "Spot"
-    assert structures.PatientID == "4711"
-
-
-def test_headers_that_cannot_carry_a_segmentation_are_refused(tmp_path):
-    scan = read_scan(make_series(tmp_path / "series", FrameOfReferenceUID=None))
-    labels = np.ones(scan.shape, np.uint8)
-    with pytest.raises(UserError, match="lack what a DICOM segmentation needs"):
-        write_dicom_seg(labels, scan, {1: "All"}, tmp_path / "seg.dcm")
-    with pytest.raises(UserError, match="nothing was segmented for rtstruct"):
-        write_rtstruct(labels * 0, scan, {1: "All"}, tmp_path / "rt.dcm")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["series"]
-
-
-def test_a_ring_has_a_contour_for_its_hole(tmp_path):
-    folder = tmp_path / "series"
-    folder.mkdir()
-    slice_at(0, np.zeros((9, 9), np.int16), Rows=9, Columns=9).save_as(folder / "a.dcm")
-    labels = np.zeros((9, 9, 1), np.uint8)
-    labels[2:7, 2:7] = 1
-    labels[4, 4] = 0
-    write_rtstruct(labels, read_scan(folder), {1: "Ring"}, tmp_path / "rt.dcm")
-    contours = pydicom.dcmread(tmp_path / "rt.dcm").ROIContourSequence[0].ContourSequence
-    sizes = sorted(np.ptp(np.array(c.ContourData, float).reshape(-1, 3) @ TURN, axis=0)[0] / 0.7 for c in contours)
-    np.testing.assert_allclose(sizes, [1, 5], atol=1e-3)
