@@ -21,7 +21,7 @@ class Data(_Section):
     """Which cases, and how a scan becomes the grid that the network sees."""
 
     root: Path
-    """Folder of a data set in the Decathlon layout, holding dataset.json."""
+    """Folder of a data set, or its CSV table; data/README.md has the layouts."""
     folds: Annotated[int, Field(ge=2)] = 5
     """Cases sorted by name; fold f validates on those whose index i has i % folds == f."""
     fold: Annotated[int, Field(ge=0)] = 0
