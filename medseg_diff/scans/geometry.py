@@ -9,10 +9,12 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from medseg_diff.errors import UserError
+from medseg_diff.machine import free_memory_bytes
 
 T = TypeVar("T")
 
 VOXEL_LIMIT = 2**30  # 1024^3: 4 GiB as float32
+BYTES_A_VOXEL = 24  # the least: the file's numbers, the same in float32, a probability, an uncertainty, a mask
 SPACING_RANGE_MM = (0.02, 50.0)
 AFFINE_TOLERANCE = 1e-3
 
@@ -24,10 +26,14 @@ def spacing_of(affine: Float[np.ndarray, "4 4"]) -> tuple[float, float, float]:
 
 
 def check_geometry(path: Path, affine: Float[np.ndarray, "4 4"], shape: tuple[int, ...]) -> list[str]:
-    """Warnings about a scan's affine (in mm) and shape; UserError where no mask could be laid on such a grid."""
+    """Warnings about a scan's affine (in mm) and shape; UserError where no mask could be laid on it, or held."""
     if np.prod(shape, dtype=float) > VOXEL_LIMIT:
         size = " x ".join(map(str, shape))
         raise UserError(path, f"it claims {size} voxels, more than the {VOXEL_LIMIT} that are read", "Crop the scan.")
+    needed, free = BYTES_A_VOXEL * int(np.prod(shape)), free_memory_bytes()
+    if needed > free:
+        what = f"it needs at least {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+        raise UserError(path, what, "Crop it, resample it to larger voxels, or use a larger machine.")
     if not np.isfinite(affine).all():
         raise UserError(path, "its affine holds NaN or infinite numbers", "Export the scan again with its geometry.")
     spacing = np.array(spacing_of(affine))
