@@ -130,6 +130,10 @@ def segment(
     series: Annotated[
         str | None, typer.Option(help="Number or UID of the DICOM series, of a folder with several.")
     ] = None,
+    channels: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="What the scans' channels are; refused where the model's differ."),
+    ] = None,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Leave scans that have a report of the same model and settings.")
     ] = False,
@@ -137,6 +141,7 @@ def segment(
 ) -> None:
     """Segment scans: masks and uncertainty on each scan's own grid, a preview, a report."""
     loaded = _load(model, device, "segment", sampler, fuse)
+    _agree(channels, ",".join(loaded.about.channels))
     from medseg_diff.segment import segment_files
 
     items = [item.strip() for item in save.split(",") if item.strip()]
@@ -329,6 +334,17 @@ def run_folder(name: str) -> Path:
     if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
         raise UserError(f"--name {name!r}", "is no plain name", "Use letters, digits, - and _.")
     return Path("runs") / name
+
+
+def _agree(given: str | None, known: str) -> None:
+    """Channels in a wrong order would be segmented without a sign of it. Raises UserError."""
+    if given is None and "," in known:
+        from medseg_diff.console import say
+
+        say(f"warning: channels are taken as {known}, in this order; --channels makes sure of it")
+    if given not in (None, known):
+        what = f"the model's channels are {known}"
+        raise UserError(f"--channels {given}", what, "Store the scan's channels in that order, or use another model.")
 
 
 def _load(given: str | None, device: str | None, task: str, sampler: StrEnum | None, fuse: Fuse | None = None) -> Any:
