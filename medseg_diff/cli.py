@@ -125,26 +125,37 @@ def segment(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     save: Annotated[
-        str, typer.Option(help="From seg,prob,uncertainty,samples,preview,report,dicom-seg,rtstruct,seg-nrrd.")
+        str, typer.Option(help="From seg,labels,prob,uncertainty,samples,preview,report,dicom-seg,rtstruct,seg-nrrd.")
     ] = "seg,uncertainty,preview,report",
+    series: Annotated[
+        str | None, typer.Option(help="Number or UID of the DICOM series, of a folder with several.")
+    ] = None,
+    channels: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="What the scans' channels are; refused where the model's differ."),
+    ] = None,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Leave scans that have a report of the same model and settings.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Segment scans: masks and uncertainty on each scan's own grid, a preview, a report."""
-    from medseg_diff.scans.read import find_scans
-
-    found = find_scans(scans)
     loaded = _load(model, device, "segment", sampler, fuse)
+    _agree(channels, ",".join(loaded.about.channels))
     from medseg_diff.segment import segment_files
 
     items = [item.strip() for item in save.split(",") if item.strip()]
-    reports, refused = segment_files(found, loaded, out, samples=samples, steps=steps, seed=seed, items=items)
+    reports, refused = segment_files(
+        scans, loaded, out,
+        samples=samples, steps=steps, seed=seed, items=items, series=series, skip_existing=skip_existing,
+    )  # fmt: skip
     if as_json:
         print(json.dumps({"reports": reports, "refused": [vars(error) for error in refused]}, indent=2))
     else:
         for report in reports:
             volumes = ", ".join(f"{label['name']} {label['volume_ml']:.2f} ml" for label in report["labels"])
             print(f"{report['scan']}: {volumes}")
-        print(f"{len(reports)} of {len(found)} scans segmented into {out}")
+        print(f"{len(reports)} of {len(reports) + len(refused)} scans segmented into {out}")
         for error in refused:
             print(f"refused: {error.where}: {error.what}")
     if refused:
@@ -252,21 +263,30 @@ def compare(
 
 
 @app.command()
-def check(path: Annotated[Path, typer.Argument(metavar="PATH", help="A data set or a scan.")]) -> None:
-    """Name every problem of a data set or a scan at once, and what to do about each."""
+def check(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A data set or a scan.")],
+    config: Annotated[
+        Path | None, typer.Option("--write-config", metavar="FILE", help="Write a configuration to train on it.")
+    ] = None,
+) -> None:
+    """Name every problem of a data set or a scan at once, and what to do about each; then what the set holds."""
     from medseg_diff.datasets.check import check as inspect
+    from medseg_diff.datasets.check import write_config
 
     problems, contents = inspect(path)
     for problem in problems:
         print(f"{problem.level}: {problem.where}: {problem.what}. {problem.advice}")
     errors = sum(problem.level == "error" for problem in problems)
     print(f"{path}: {errors} errors, {len(problems) - errors} warnings")
-    if errors:
-        raise typer.Exit(2)
     if contents:
         from medseg_diff.console import outline
 
         print(outline(contents))
+    if config:
+        write_config(contents, config)
+        print(f"written: {config}; medseg-diff train --config {config}")
+    if errors:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -316,21 +336,26 @@ def run_folder(name: str) -> Path:
     return Path("runs") / name
 
 
+def _agree(given: str | None, known: str) -> None:
+    """Channels in a wrong order would be segmented without a sign of it. Raises UserError."""
+    if given is None and "," in known:
+        from medseg_diff.console import say
+
+        say(f"warning: channels are taken as {known}, in this order; --channels makes sure of it")
+    if given not in (None, known):
+        what = f"the model's channels are {known}"
+        raise UserError(f"--channels {given}", what, "Store the scan's channels in that order, or use another model.")
+
+
 def _load(given: str | None, device: str | None, task: str, sampler: StrEnum | None, fuse: Fuse | None = None) -> Any:
     from medseg_diff.checkpoint import find_model
 
     path, where = find_model(given, task)
-    from medseg_diff.checkpoint import load_model
+    from medseg_diff.api import open_model
     from medseg_diff.console import say
-    from medseg_diff.denoising import resampled
-    from medseg_diff.device import choose_device
 
-    model = load_model(path, choose_device(device))
-    if model.about.config.task != task:
-        raise UserError(
-            path, f"is a model of task {model.about.config.task}, not {task}", f"Name a model of task {task}."
-        )
+    model = open_model(path, task, device, sampler=sampler and sampler.value, fuse=fuse and fuse.value)
     say(f"model: {path} ({where})")
     if model.about.config.use:
         say(f"warning: the model is {model.about.config.use}")
-    return resampled(model, sampler=sampler and sampler.value, fuse=fuse and fuse.value)
+    return model

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Snomed = Annotated[str, Field(pattern=r"^\d{6,18} \|[^|~^\\]{1,64}\|$")]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -20,7 +21,7 @@ class Data(_Section):
     """Which cases, and how a scan becomes the grid that the network sees."""
 
     root: Path
-    """Folder of a data set in the Decathlon layout, holding dataset.json."""
+    """Folder of a data set, or its CSV table; data/README.md has the layouts."""
     folds: Annotated[int, Field(ge=2)] = 5
     """Cases sorted by name; fold f validates on those whose index i has i % folds == f."""
     fold: Annotated[int, Field(ge=0)] = 0
@@ -45,6 +46,9 @@ class Data(_Section):
     """Training size in voxels of the network's grid, one number a dimension, multiples of 16."""
     foreground: Share = 0.5
     """Share of the training crops that are centred on a labelled voxel."""
+    codes: dict[Annotated[int, Field(ge=1)], tuple[Snomed, Snomed]] = {}
+    """Of labels, by value: the SNOMED CT category and type that DICOM segmentations and 3D Slicer name, each as
+    "10200004 |Liver|"; others are "85756007 |Tissue|"."""
     pairs: bool = False
     """With task generate: the mask is generated with the image, as further channels of the same diffusion."""
 

@@ -17,12 +17,14 @@ from medseg_diff.datasets.ambiguous import Truth, read_truth
 from medseg_diff.datasets.folders import label_names, matched
 from medseg_diff.datasets.layouts import Case, Dataset, digest, read_dataset, split
 from medseg_diff.datasets.pipeline import onto_grid
+from medseg_diff.datasets.reading import read_case, read_reference
+from medseg_diff.diffusion.masks import IGNORED
 from medseg_diff.errors import UserError
 from medseg_diff.files import replacing
 from medseg_diff.metrics import LabelScore, label_keys, score_masks, summarize, write_cases_csv
-from medseg_diff.scans.geometry import spacing_of
+from medseg_diff.scans.geometry import check_same_grid, spacing_of
 from medseg_diff.scans.preview import draw_preview
-from medseg_diff.scans.read import Scan, read_label_map, read_scan
+from medseg_diff.scans.read import Scan, read_label_map
 from medseg_diff.segment import Segmentation, probability_frames, segment_scan
 from medseg_diff.tracking import start_run
 from medseg_diff.uncertainty.exact import exact_measures
@@ -57,7 +59,7 @@ def evaluate_model(
     collection = Collection()
     with progress("evaluating", len(cases)) as advance:
         for index, case in enumerate(cases):
-            scan = read_scan(case.image, len(model.about.channels))
+            scan = read_case(case, len(model.about.channels))
             count = (samples or settings.samples) if drawing else 0
             with tempfile.TemporaryDirectory() as folder:
                 keep = Path(folder) if drawing else None
@@ -66,12 +68,12 @@ def evaluate_model(
                 )
                 rated, references = [], []
                 for rater, path in enumerate(case.labels):
-                    reference, affine = read_label_map(path)
-                    _check_grid(path, reference, affine, case.image, scan.shape, scan.affine)
+                    reference = read_reference(path, scan)
+                    known = reference != case.ignore
                     name = case.name if len(case.labels) == 1 else f"{case.name} rater {rater}"
-                    scores[name] = score_masks(found.label_map, reference, names, scan.spacing_mm)
+                    scores[name] = score_masks(found.label_map * known, reference * known, names, scan.spacing_mm)
                     rated.append(scores[name])
-                    references.append(_indices(reference, names))
+                    references.append(np.where(known, _indices(reference, names), np.uint8(IGNORED)))
                     frames = probability_frames(found.prediction, found.affine, scan)
                     collection.calibration.add(frames, references[-1])
                 grid = found.prediction.probabilities.shape[1:]
@@ -116,10 +118,15 @@ def _collect(
         collection.add_estimates(keys[label.value], dice, **estimates)
     if drawn.tally is None or drawn.samples is None:
         return
+    samples, ignored = drawn.samples, (references == IGNORED).any(0)
+    if ignored.any():
+        samples, references = (np.where(ignored, np.uint8(IGNORED), maps) for maps in (samples, references))
     volumes_ml = drawn.tally.counts.numpy() * float(np.prod(spacing_of(found.affine.numpy()))) / 1000
     for label in found.labels:
         key, index = keys[label.value], list(names).index(label.value)
-        collection.add_samples(key, drawn.samples, references, index)
+        collection.add_samples(key, samples, references, index)
+        if ignored.any():  # then the volume is not known
+            continue
         references_ml = [scores[label.value].reference_ml for scores in rated]
         if label.volume_ml_interval90 is not None:
             for reference_ml in references_ml:
@@ -173,7 +180,7 @@ def evaluate_folders(predictions: Path, references: Path) -> dict[str, Any]:
     scores = {}
     for name, (path, reference_path) in pairs.items():
         (found, affine), (reference, reference_affine) = read_label_map(path), read_label_map(reference_path)
-        _check_grid(path, found, affine, reference_path, reference.shape, reference_affine)
+        check_same_grid(path, found.shape, affine, reference_path, reference.shape, reference_affine)
         scores[name] = score_masks(found, reference, names, spacing_of(reference_affine))
     return summarize(scores, names)
 
@@ -245,16 +252,3 @@ def write_summary(summary: dict[str, Any], out: Path) -> list[Path]:
 def logged(summary: dict[str, Any], prefix: str = "val") -> dict[str, float]:
     """The means that are defined, as metrics of a split: val/dice, val/dice/LABEL, ..."""
     return {f"{prefix}/{name}": float(value) for name, value in summary["mean"].items() if value is not None}
-
-
-def _check_grid(
-    path: Path, found: np.ndarray, affine: np.ndarray, other: Path, shape: tuple[int, ...], other_affine: np.ndarray
-) -> None:
-    if found.shape != shape:
-        (ours, theirs) = ("x".join(map(str, lengths)) for lengths in (found.shape, shape))
-        what = f"it is {ours} voxels large, and {other} is {theirs}"
-    elif not np.allclose(affine, other_affine, atol=1e-3):
-        what = f"it lies elsewhere in the world than {other}: their affines differ"
-    else:
-        return
-    raise UserError(path, what, "Resample the label map onto the other's grid.")

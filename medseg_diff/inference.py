@@ -105,8 +105,10 @@ def predict(
             probabilities[(slice(None), *where)] += mean[0] if axis is None else mean.movedim(1, 0)
             progress(1 / len(found) / len(slabs))
 
-    probabilities = probabilities / weights if axis is None else (probabilities / weights).movedim(1, axis + 1)
-    if not torch.isfinite(probabilities).all():
+    probabilities /= weights
+    if axis is not None:
+        probabilities = probabilities.movedim(1, axis + 1)
+    if not torch.isfinite(probabilities.sum()):  # of all: a mask of each would be as large as they are
         raise UserError(model.path, "the probabilities it gives are not finite", "Train it again, at a lower train.lr.")
     if staple_wanted:
         assert masks is not None

@@ -105,7 +105,9 @@ def read_picture(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size}"]:
 
     Intensities beyond 8 bits are stretched from their 0.5 and 99.5 percentiles to 0 ... 255. Raises UserError.
     """
-    scan = path.is_dir() or path.name.lower().endswith(tuple(suffix for suffix in SCANS if suffix != ".png"))
+    scan = path.is_dir() or path.name.lower().endswith(
+        tuple(suffix for suffix, kind in SCANS.items() if kind not in ("png", "tiff"))
+    )
     picture, aspect = _middle_slice(path) if scan else (_photograph(path), 1.0)
     width, height = picture.width, picture.height * aspect
     scale = size / max(width, height)

@@ -1,13 +1,12 @@
 """Experiments in MLflow: the parameters, metrics and files of a run, kept so that runs compare.
 
-Tracking never stops the work. When the store fails, one warning is logged, metrics are kept and tried again, and after
+Tracking never stops the work. When the store fails, one warning is said, metrics are kept and tried again, and after
 three failures in a row the rest of the run goes untracked.
 A run records versions and the kind of machine, but no user, host or command.
 """
 
 import contextlib
 import importlib.metadata
-import logging
 import os
 import platform
 import re
@@ -18,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from medseg_diff import __version__
+from medseg_diff.console import say
 from medseg_diff.errors import reason
-
-_LOGGER = logging.getLogger(__name__)
 
 _FLUSH_EVERY_S = 5
 _METRICS_IN_BATCH = 500  # MLflow takes 1000
@@ -209,6 +207,7 @@ def _create_database(path: Path) -> None:
 
 
 def _warn(error: Exception) -> None:
-    _LOGGER.warning(
-        "MLflow failed, and the run goes on; its own files keep its scores (see tracking.uri). %s", reason(error)
+    say(
+        "warning: MLflow failed, and the run goes on; its own files keep its scores (see tracking.uri). "
+        + reason(error)
     )

@@ -17,7 +17,8 @@ from medseg_diff.checkpoint import FINISHED, Description, describe, load_model, 
 from medseg_diff.config import Config, flatten, plain
 from medseg_diff.console import progress, say
 from medseg_diff.datasets.cache import Volume, load_volumes
-from medseg_diff.datasets.layouts import Case, Dataset, digest, read_dataset, split
+from medseg_diff.datasets.description import first
+from medseg_diff.datasets.layouts import Case, Dataset, digest, file_digest, read_dataset, split, twins
 from medseg_diff.datasets.pipeline import preprocessing
 from medseg_diff.denoising import path_of
 from medseg_diff.errors import UserError
@@ -151,6 +152,12 @@ def plan(config: Config) -> tuple[Dataset, tuple[Case, ...], tuple[Case, ...]]:
     if (config.task == "segment" or config.data.pairs) and unlabelled:
         what = f"{len(unlabelled)} cases have no label map, the first is {unlabelled[0]}"
         raise UserError(config.data.root, what, "Label them, or move them out of 'training' in dataset.json.")
+    if config.data.pairs and any(case.ignore is not None for case in dataset.cases):
+        what = "it has a label to ignore, and pairs are made of whole masks"
+        raise UserError(config.data.root, what, "Set data.pairs to false, or label every voxel.")
+    digests = {case.name: "".join(map(file_digest, case.images)) for case in dataset.cases}
+    for error in twins(dataset.root, digests):
+        raise error
     return dataset, training, validation
 
 
@@ -209,7 +216,15 @@ def _done(state: State, config: Config) -> bool:
 def _prepared(cases: Sequence[Case], config: Config, values: list[int], channels: int) -> list[Volume]:
     how, folder = preprocessing(config.data), config.data.cache
     with progress("preparing volumes", len(cases)) as advance:
-        return load_volumes(cases, how, values=values, channels=channels, folder=folder, progress=lambda _: advance())
+        volumes = load_volumes(
+            cases, how, values=values, channels=channels, folder=folder, progress=lambda _: advance()
+        )
+    labelled = [volume for volume in volumes if len(volume.labels)]
+    if empty := sorted(volume.name for volume in labelled if not volume.centres):
+        say(f"warning: the labels of {len(empty)} of {len(volumes)} cases are empty: {first(empty)}")
+    if full := sorted(volume.name for volume in labelled if volume.labels.all()):
+        say(f"warning: every voxel is labelled in {first(full)}; is their background really 0?")
+    return volumes
 
 
 @contextmanager

@@ -40,6 +40,7 @@ def untrained(
     dims: int = 3,
     task: str | None = None,
     labels: dict[int, str] = LABELS,
+    channels: tuple[str, ...] = ("MR",),
     **changes: Any,
 ) -> Path:
     """A tiny model file whose silent layers are given a voice; it draws masks of every label, if not good ones."""
@@ -59,13 +60,13 @@ def untrained(
         section, _, name = key.partition("_")
         content[section][name] = value
     config = parse_config(content, path)
-    network = build(config, 1, len(labels))
+    network = build(config, len(channels), len(labels))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
             if not parameter.any():
                 parameter.normal_(0, 0.3, generator=generator)
-    save_model(path, network.state_dict(), Description(config, labels, ("MR",), {}, {}, {"steps": 0}))
+    save_model(path, network.state_dict(), Description(config, labels, channels, {}, {}, {"steps": 0}))
     return path
 
 

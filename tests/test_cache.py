@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import resource
 import shutil
@@ -14,6 +15,7 @@ from medseg_diff.datasets import cache
 from medseg_diff.datasets.cache import Volume, load_volumes
 from medseg_diff.datasets.layouts import Case
 from medseg_diff.datasets.pipeline import Preprocessing
+from medseg_diff.diffusion.masks import IGNORED
 from medseg_diff.errors import UserError
 
 MR = Preprocessing((1.0, 1.0, 1.0), "mr", (-160.0, 240.0), (0.5, 99.5))
@@ -152,15 +154,15 @@ def test_centres_are_spread_over_a_large_structure(monkeypatch: pytest.MonkeyPat
 
 
 def test_labels_that_do_not_fit_are_refused_by_name(tmp_path: Path, case: Case):
-    with pytest.raises(UserError, match=r"a_seg\.nii\.gz: holds label values that are not declared: 205\."):
+    with pytest.raises(UserError, match=r"a_seg\.nii\.gz: it holds label value\(s\) that are not declared: 205\."):
         load(case, values=(0, 7))
     small = write(tmp_path / "small.nii.gz", np.zeros((8, 6, 4), np.uint8))
-    with pytest.raises(UserError, match=r"small\.nii\.gz: its shape is 8x6x4, and a\.nii\.gz has 8x6x5"):
+    with pytest.raises(UserError, match=r"small\.nii\.gz: its shape is 8 x 6 x 4, that of \S+a\.nii\.gz is 8 x 6 x 5"):
         load(Case("a", case.image, (small,)))
     moved = write(
         tmp_path / "moved.nii.gz", labels_of(), np.array([[1, 0, 0, 3], [0, 1, 0, 0], [0, 0, 2, 0], [0] * 3 + [1.0]])
     )
-    with pytest.raises(UserError, match=r"moved\.nii\.gz: its affine differs from that of a\.nii\.gz by 3"):
+    with pytest.raises(UserError, match=r"moved\.nii\.gz: its affine differs from that of \S+a\.nii\.gz by up to 3"):
         load(Case("a", case.image, (moved,)))
     (tmp_path / "bad.nii.gz").write_bytes(b"no scan")
     with pytest.raises(UserError, match=r"bad\.nii\.gz"):
@@ -185,6 +187,27 @@ def test_a_label_whose_header_is_rounded_stays_on_its_image(tmp_path: Path):
     label = write(tmp_path / "b.nii.gz", mask, affine.round(3))
     volume = load(Case("a", image, (label,)), CT, values=(0, 1))
     assert ((volume.image[0] > 0) != (volume.labels[0] > 0)).float().mean() < 0.02
+
+
+def test_what_is_to_be_ignored_has_an_index_of_its_own(case: Case):
+    before = load(case).labels
+    volume = load(dataclasses.replace(case, ignore=205), values=(0, 7))
+    assert set(volume.labels.unique().tolist()) == {0, 1, IGNORED}
+    assert torch.equal(volume.labels == IGNORED, before == 2)
+    assert len(volume.centres) == 1, "no crop is centred on it"
+
+
+def test_a_file_a_channel_is_the_same_as_one_file_for_all(tmp_path: Path, case: Case):
+    first, second = np.random.default_rng(3).normal(size=(2, 8, 6, 5)).astype(np.float32)
+    both = write(tmp_path / "both.nii.gz", np.stack([first, second], axis=-1))
+    files = [write(tmp_path / f"c_{i:04}.nii.gz", array) for i, array in enumerate((first, second))]
+    apart = Case("c", files[0], case.labels, further=(files[1],))
+    assert torch.equal(load(apart, channels=2).image, load(Case("c", both, case.labels), channels=2).image)
+    with pytest.raises(UserError, match="2 files, one a channel, and 3 channels are declared"):
+        load(apart, channels=3)
+    write(files[1], second, np.diag([1, 1, 3.0, 1]))
+    with pytest.raises(UserError, match=r"c_0001\.nii\.gz: its affine differs from that of \S+c_0000"):
+        load(apart, channels=2)
 
 
 def test_a_kill_between_the_files_leaves_nothing_that_counts(case: Case):

@@ -85,7 +85,7 @@ def test_undeclared_value_names_value_and_file(root):
     path = change_label(root, put)
     says = only(problems_of(root), "error")
     assert str(path) in says
-    assert says.endswith("value(s) 9")
+    assert says.endswith("not declared: 9")
 
 
 def test_fractions(root):
@@ -152,7 +152,7 @@ def test_everything_at_once(root):
     problems = problems_of(root)
     says = " ".join(f"{problem.where}: {problem.what}" for problem in problems)
     for part in (
-        "leads outside", "gone.nii", "imagesTr/phantom_000", "value(s) 8", "its shape is", "labelsTr/phantom_002",
+        "leads outside", "gone.nii", "imagesTr/phantom_000", "not declared: 8", "its shape is", "labelsTr/phantom_002",
     ):  # fmt: skip
         assert part in says
 
@@ -195,7 +195,7 @@ def test_fingerprint_against_hand_counts(root):
     assert (found["cases"], found["raters"]) == (3, [1])
     assert found["shape"]["median"] == [4, 5, 6]
     assert found["spacing_mm"]["max"] == pytest.approx([2, 1, 1])
-    assert found["intensity_percentile"]["50"] == {"median": 7, "min": 6, "max": 8}
+    assert found["intensity_percentile"]["CT"]["50"] == {"median": 7, "min": 6, "max": 8}
     assert found["volume_ml"]["organ"]["median"] == pytest.approx(10 * 2 / 1000)
     assert (found["volume_ml"]["organ"]["files"], found["volume_ml"]["lesion"]) == (3, {"files": 0})
     assert json.dumps(found)
@@ -203,9 +203,9 @@ def test_fingerprint_against_hand_counts(root):
 
 def test_contents_are_told_of_sound_sets_alone_and_read_once(root, monkeypatch):
     read = []
-    for name in ("read_scan", "read_label_map"):
+    for name in ("read_case", "read_label_map"):
         reader = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda path, *rest, reader=reader: read.append(path) or reader(path, *rest))
+        monkeypatch.setattr(module, name, lambda what, *rest, reader=reader: read.append(what) or reader(what, *rest))
     assert check(root)[1]["cases"] == 3
     assert len(read) == len(set(read)) == 6
     (root / "labelsTr/phantom_002.nii.gz").write_bytes(b"junk")

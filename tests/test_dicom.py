@@ -5,55 +5,30 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import gdcm
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import BasicTextSRStorage, ExplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid
+from dicom_series import COLUMNS, ROWS, SLICES, TURN, VALUES, enhanced, make_series, slice_at
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset
+from pydicom.uid import (
+    BasicTextSRStorage,
+    DeflatedExplicitVRLittleEndian,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+    SegmentationStorage,
+    generate_uid,
+)
 
 from medseg_diff.errors import UserError
-from medseg_diff.scans.read import find_scans, read_scan
+from medseg_diff.scans.dicom_seg import write_dicom_seg
+from medseg_diff.scans.find import find_scans
+from medseg_diff.scans.frames import is_dicom
+from medseg_diff.scans.read import read_scan
 from medseg_diff.scans.rtstruct import write_rtstruct
-from medseg_diff.scans.write import write_dicom_seg
-
-ROWS, COLUMNS, SLICES = 5, 4, 6
-VALUES = np.arange(COLUMNS * ROWS * SLICES, dtype=np.int16).reshape(COLUMNS, ROWS, SLICES)
-TURN = np.linalg.qr(np.array([[3.0, 1, 0.5], [-1, 2, 0.3], [0.2, -0.4, 4]]))[0]
-TURN *= np.sign(np.linalg.det(TURN))  # right-handed, as every stack of slices is
-SERIES, STUDY, FRAME = generate_uid(), generate_uid(), generate_uid()
-
-
-def slice_at(z: float, values: np.ndarray = VALUES[:, :, 0], **changes: object) -> FileDataset:
-    """One oblique MR slice of 1.1 x 0.7 mm pixels at `z` mm along the normal; a change to None removes the element."""
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = MRImageStorage
-    meta.MediaStorageSOPInstanceUID = generate_uid()
-    image = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
-    image.SOPClassUID, image.SOPInstanceUID = MRImageStorage, meta.MediaStorageSOPInstanceUID
-    image.SeriesInstanceUID, image.StudyInstanceUID, image.FrameOfReferenceUID = SERIES, STUDY, FRAME
-    image.PatientName, image.PatientID, image.Modality = "Doe^Jane", "4711", "MR"
-    image.Rows, image.Columns, image.PixelSpacing = ROWS, COLUMNS, [1.1, 0.7]
-    image.ImageOrientationPatient = [round(float(v), 10) for v in (*TURN[:, 0], *TURN[:, 1])]
-    image.ImagePositionPatient = [round(float(v), 6) for v in TURN @ [3, -20, z]]
-    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
-    image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 16, 16, 15, 1
-    image.PixelData = values.T.astype("<i2").tobytes()
-    for name, value in changes.items():
-        if value is None:
-            delattr(image, name)
-        else:
-            setattr(image, name, value)
-    return image
-
-
-def make_series(folder: Path, places=range(SLICES), step: float = 2.5, **changes: object) -> Path:
-    """A folder of slices at places * step, named so that the order of names is not the order of slices."""
-    folder.mkdir(exist_ok=True)
-    for i in places:
-        slice_at(i * step, VALUES[:, :, i % SLICES], **changes).save_as(folder / f"{(i * 7) % 11}.dcm")
-    return folder
 
 
 def refusal(path: Path) -> str:
@@ -118,15 +93,80 @@ def test_rescaling_of_each_slice_is_applied(tmp_path):
     np.testing.assert_allclose(read_scan(folder).array[0], expected, rtol=1e-6)
 
 
-def test_compressed_slices_are_decoded(tmp_path):
-    folder = tmp_path / "rle"
-    folder.mkdir()
+@pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, JPEGLosslessSV1])
+def test_compressed_slices_are_decoded(tmp_path, syntax):
     values = np.random.default_rng(0).integers(-2000, 2000, (64, 64, 3), dtype=np.int16)
+    folder = tmp_path / "packed"
+    folder.mkdir()
     for z in range(3):
-        image = slice_at(z, values[:, :, z], Rows=64, Columns=64)
-        image.compress(RLELossless, generate_instance_uid=False)
-        image.save_as(folder / f"{z}.dcm")
+        path = folder / f"{z}.dcm"
+        slice_at(z, values[:, :, z], Rows=64, Columns=64).save_as(path)
+        compress(path, syntax)
     np.testing.assert_array_equal(read_scan(folder).array[0], values)
+
+
+def compress(path: Path, syntax: str) -> None:
+    """By GDCM where pydicom has no encoder."""
+    if syntax != JPEGLosslessSV1:
+        image = pydicom.dcmread(path)
+        image.compress(syntax, generate_instance_uid=False)
+        image.save_as(path)
+        return
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFileName(str(path))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+    assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == syntax
+
+
+SHIPPED = sorted(Path(get_testdata_file("MR_small.dcm", download=False)).parent.rglob("*"))
+
+
+def test_the_images_that_pydicom_ships_are_read_as_simpleitk_reads_them_or_refused(tmp_path):
+    """Those without a place in the world, in colour, truncated or padded are refused; no other error is raised."""
+    read = set()
+    for path in SHIPPED:
+        if not is_dicom(path) and path.suffix != ".dcm":
+            continue
+        try:
+            scan = read_scan(path)
+        except UserError:
+            continue
+        read.add(path.name)
+        oracle = sitk.ReadImage(path)
+        np.testing.assert_array_equal(scan.array[0], sitk.GetArrayFromImage(oracle).transpose(2, 1, 0))
+        lps = oracle.TransformIndexToPhysicalPoint((0, 0, 0)), oracle.TransformIndexToPhysicalPoint((3, 2, 0))
+        for index, place in zip(((0, 0, 0), (3, 2, 0)), lps, strict=True):
+            np.testing.assert_allclose((scan.affine @ [*index, 1])[:3], np.array(place) * [-1, -1, 1], atol=1e-3)
+    expected = {"693_J2KI.dcm", "CT_small.dcm", "J2K_pixelrep_mismatch.dcm", "MR_small.dcm", "examples_overlay.dcm"}
+    expected |= {f"MR_small_{end}.dcm" for end in ("RLE", "bigendian", "expb", "implicit", "jp2klossless")}
+    assert read >= expected | {"MR_small_jpeg_ls_lossless.dcm"}
+    assert not read & {"MR_truncated.dcm", "MR_small_padded.dcm", "rtdose.dcm", "liver_1frame.dcm", "badVR.dcm"}
+
+
+def test_studies_that_pydicom_ships(tmp_path):
+    """Each holds several series, the last also radiographs, which have no place in the world and hinder no other."""
+    angiography, heart, head = (next(p for p in SHIPPED if p.name == n) for n in ("98892003", "98892001", "77654033"))
+    with pytest.raises(UserError, match=r"it holds 7 series \(700: ANGIO Projected from   C, 7 slices; .*--series 700"):
+        read_scan(angiography)
+    with pytest.raises(UserError, match="size, spacing or orientation differs"):  # a projection turns
+        read_scan(angiography, series="700")
+    with pytest.raises(UserError, match=r"4: Scout, 2 slices; 5: SmartScore - Gated 0\.5 sec, 5 slices"):
+        read_scan(heart)
+    scan, alone = read_scan(heart, series="5"), read_scan(heart / "CT5N")
+    assert scan.shape == (16, 16, 5)
+    np.testing.assert_array_equal(scan.array, alone.array)
+    assert_same_place(heart / "CT5N")
+    with pytest.raises(UserError, match="17106 and 17136 lie 202 mm apart"):
+        read_scan(head)
+    with pytest.raises(UserError, match="lacks the slice's geometry"):
+        read_scan(head / "CR1")
 
 
 def test_a_tilted_gantry_is_kept_as_shear(tmp_path):
@@ -159,13 +199,67 @@ def test_a_duplicated_slice_is_refused(tmp_path):
     assert "copy.dcm" in what
 
 
-def test_two_series_are_refused_and_listed(tmp_path):
-    folder = make_series(tmp_path / "two")
-    slice_at(3.0, SeriesInstanceUID=generate_uid()).save_as(folder / "other.dcm")
+def test_several_series_are_listed_and_one_is_chosen(tmp_path):
+    folder = make_series(tmp_path / "two", SeriesNumber=3, SeriesDescription="T1\x1b[31m\n MPRAGE")
+    other = generate_uid()
+    slice_at(3.0, VALUES[:, :, 5], SeriesInstanceUID=other, SeriesNumber=12).save_as(folder / "other.dcm")
     what = refusal(folder)
-    assert "2 series" in what
-    assert "6 slices" in what
-    assert "1 slices, the first in other.dcm" in what
+    assert "it holds 2 series (3: T1[31m MPRAGE, 6 slices; 12: no description, 1 slices)" in what
+    for name in ("12", other):
+        scan = read_scan(folder, series=name)
+        np.testing.assert_array_equal(scan.array[0], VALUES[:, :, 5:])
+        assert scan.series == name
+    np.testing.assert_array_equal(read_scan(folder, series="3").array[0], VALUES)
+    with pytest.raises(UserError, match=r"it holds no series 4 \(3: T1.*Choose one: --series 3"):
+        read_scan(folder, series="4")
+
+
+def test_series_of_one_number_are_told_apart_by_their_uid(tmp_path):
+    folder, other = make_series(tmp_path / "two", SeriesNumber=3), generate_uid()
+    slice_at(3.0, SeriesInstanceUID=other, SeriesNumber=3).save_as(folder / "other.dcm")
+    with pytest.raises(UserError, match="no series 3"):
+        read_scan(folder, series="3")
+    assert f"{other}: no description, 1 slices" in refusal(folder)
+    assert read_scan(folder, series=other).shape == (COLUMNS, ROWS, 1)
+
+
+def test_a_series_in_nested_folders_is_one(tmp_path):
+    make_series(tmp_path / "study")
+    (tmp_path / "study/a/b").mkdir(parents=True)
+    (tmp_path / "study/7.dcm").rename(tmp_path / "study/a/b/7.dcm")
+    np.testing.assert_array_equal(read_scan(tmp_path / "study").array[0], VALUES)
+
+
+@pytest.mark.parametrize("syntax", [None, RLELossless])
+def test_frames_of_one_file_lie_where_the_slices_of_many_lie(tmp_path, syntax):
+    path = enhanced(tmp_path / "all.dcm", [3, 0, 5, 1, 4, 2])
+    if syntax:
+        image = pydicom.dcmread(path)
+        image.compress(syntax, generate_instance_uid=False)
+        image.save_as(path)
+    scan, series = read_scan(path), read_scan(make_series(tmp_path / "series"))
+    assert (scan.name, scan.kind) == ("all", "dicom")
+    np.testing.assert_array_equal(scan.array[0], VALUES * (1 + np.arange(SLICES)) - 3)
+    np.testing.assert_allclose(scan.affine, series.affine, atol=1e-6)
+
+
+def test_a_frame_that_is_missing_or_has_no_place_is_refused(tmp_path):
+    what = refusal(enhanced(tmp_path / "gap.dcm", [0, 1, 3, 4]))
+    assert "gap.dcm (frame 2) and gap.dcm (frame 3) lie 5 mm apart" in what
+    assert "same place" in refusal(enhanced(tmp_path / "twice.dcm", [0, 1, 1, 2]))
+    path = enhanced(tmp_path / "fewer.dcm")
+    image = pydicom.dcmread(path)
+    del image.PerFrameFunctionalGroupsSequence[-1]
+    image.save_as(path)
+    assert "several frames without a place" in refusal(path)
+
+
+def test_derived_objects_beside_a_series_are_ignored(tmp_path):
+    folder = make_series(tmp_path / "series")
+    mask = slice_at(0, SeriesInstanceUID=generate_uid(), NumberOfFrames="3")
+    mask.SOPClassUID = mask.file_meta.MediaStorageSOPClassUID = SegmentationStorage
+    mask.save_as(folder / "mask.dcm")
+    assert read_scan(folder).warnings == ("1 files that are no DICOM slices were ignored",)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +279,11 @@ def test_two_series_are_refused_and_listed(tmp_path):
         ({"ImagePositionPatient": None}, "lacks the slice's geometry"),
         ({"PixelSpacing": None}, "lacks the slice's geometry"),
         ({"NumberOfFrames": "3"}, "several frames"),
-        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "several frames or colours"),
+        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "colours"),
+        ({"ModalityLUTSequence": [Dataset()]}, "lookup table"),
+        ({"PixelSpacing": [-1.1, 0.7]}, "lacks the slice's geometry"),
+        ({"ImageOrientationPatient": [2, 0, 0, 0, 1, 0]}, "lacks the slice's geometry"),
+        ({"ImageOrientationPatient": ["nan", 0, 0, 0, 1, 0]}, "lacks the slice's geometry"),
     ],
 )
 def test_a_slice_that_does_not_fit_is_refused(tmp_path, changes, what):
@@ -197,13 +295,16 @@ def test_a_slice_that_does_not_fit_is_refused(tmp_path, changes, what):
     assert caught.value.where.endswith("odd.dcm")
 
 
-def test_an_unknown_transfer_syntax_is_refused_by_its_uid(tmp_path):
+def test_a_transfer_syntax_without_a_decoder_is_refused_by_its_uid(tmp_path):
     folder = make_series(tmp_path / "series")
     odd = slice_at(SLICES * 2.5, PixelData=pydicom.encaps.encapsulate([b"not decoded"]))
     odd["PixelData"].is_undefined_length = True
     odd.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.201"
     odd.save_as(folder / "odd.dcm")
     assert "1.2.840.10008.1.2.4.201" in refusal(folder)
+    odd.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    odd.save_as(folder / "odd.dcm")
+    assert "1.2.840.10008.1.2.1.99" in refusal(folder)
 
 
 def test_a_truncated_slice_is_refused(tmp_path):
@@ -225,7 +326,7 @@ def test_files_that_are_no_images_are_ignored_with_a_warning(tmp_path):
     report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
     report.save_as(folder / "report.dcm")
     (folder / "._7.dcm").write_bytes(b"left by a Mac")
-    assert read_scan(folder).warnings == ("2 files that are no DICOM images were ignored",)
+    assert read_scan(folder).warnings == ("2 files that are no DICOM slices were ignored",)
 
 
 def test_a_hostile_patient_name_goes_nowhere(tmp_path, capfd):
@@ -286,8 +387,8 @@ def test_a_zip_that_explodes_or_is_damaged_is_refused(tmp_path):
 
 def test_a_folder_of_series_stands_for_each(tmp_path):
     a, b = make_series(tmp_path / "a"), make_series(tmp_path / "b")
-    assert find_scans([a]) == [a]
-    assert find_scans([tmp_path]) == [a, b]
+    assert [source.path for source in find_scans([a])] == [a]
+    assert [source.path for source in find_scans([tmp_path])] == [a, b]
     with pytest.raises(UserError, match="one channel"):
         read_scan(a, channels=2)
 
@@ -296,49 +397,3 @@ def test_one_slice_is_as_thick_as_it_says(tmp_path):
     scan = read_scan(make_series(tmp_path / "one", [0], SliceThickness="4"))
     assert scan.shape == (COLUMNS, ROWS, 1)
     np.testing.assert_allclose(scan.spacing_mm, (0.7, 1.1, 4), atol=1e-5)
-
-
-def test_an_oblique_series_gets_a_segmentation_and_contours_at_their_place(tmp_path):
-    import highdicom as hd
-
-    scan = read_scan(make_series(tmp_path / "series"))
-    labels = np.zeros(scan.shape, np.uint8)
-    labels[1, 2, 3] = 4
-    expected = (scan.affine @ [1, 2, 3, 1])[:3] * [-1, -1, 1]
-    write_dicom_seg(labels, scan, {0: "background", 4: "Spot"}, tmp_path / "seg.dcm")
-    volume = hd.seg.segread(tmp_path / "seg.dcm").get_volume(combine_segments=True)
-    (index,) = np.argwhere(volume.array)
-    np.testing.assert_allclose(volume.map_indices_to_reference(index[None])[0], expected, atol=1e-4)
-    write_rtstruct(labels, scan, {0: "background", 4: "Spot"}, tmp_path / "rt.dcm")
-    structures = pydicom.dcmread(tmp_path / "rt.dcm")
-    (contour,) = structures.ROIContourSequence[0].ContourSequence
-    points = np.array(contour.ContourData, float).reshape(-1, 3)
-    np.testing.assert_allclose(points.mean(0), expected, atol=1e-3)
-    np.testing.assert_allclose(np.ptp(points @ TURN, axis=0), [0.7, 1.1, 0], atol=1e-3)
-    source = pydicom.dcmread(tmp_path / "series/10.dcm")  # slice 3: 3 * 7 % 11
-    assert contour.ContourImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
-    assert structures.StructureSetROISequence[0].ROIName == "Spot"
-    assert structures.PatientID == "4711"
-
-
-def test_headers_that_cannot_carry_a_segmentation_are_refused(tmp_path):
-    scan = read_scan(make_series(tmp_path / "series", FrameOfReferenceUID=None))
-    labels = np.ones(scan.shape, np.uint8)
-    with pytest.raises(UserError, match="lack what a DICOM segmentation needs"):
-        write_dicom_seg(labels, scan, {1: "All"}, tmp_path / "seg.dcm")
-    with pytest.raises(UserError, match="nothing was segmented for rtstruct"):
-        write_rtstruct(labels * 0, scan, {1: "All"}, tmp_path / "rt.dcm")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["series"]
-
-
-def test_a_ring_has_a_contour_for_its_hole(tmp_path):
-    folder = tmp_path / "series"
-    folder.mkdir()
-    slice_at(0, np.zeros((9, 9), np.int16), Rows=9, Columns=9).save_as(folder / "a.dcm")
-    labels = np.zeros((9, 9, 1), np.uint8)
-    labels[2:7, 2:7] = 1
-    labels[4, 4] = 0
-    write_rtstruct(labels, read_scan(folder), {1: "Ring"}, tmp_path / "rt.dcm")
-    contours = pydicom.dcmread(tmp_path / "rt.dcm").ROIContourSequence[0].ContourSequence
-    sizes = sorted(np.ptp(np.array(c.ContourData, float).reshape(-1, 3) @ TURN, axis=0)[0] / 0.7 for c in contours)
-    np.testing.assert_allclose(sizes, [1, 5], atol=1e-3)

@@ -89,7 +89,7 @@ def test_what_segment_writes_beside_a_mask_is_no_mask(folders):
 @pytest.mark.parametrize(
     ("values", "affine", "word"),
     [
-        (box()[:7], AFFINE, "7x8x8"),
+        (box()[:7], AFFINE, "7 x 8 x 8"),
         (box(), np.diag([1, 1, 2, 1.0]), "affine"),
         (box(), np.eye(4)[[1, 0, 2, 3]], "affine"),
     ],

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from medseg_diff.diffusion.fields import COARSE, SPACINGS
 from medseg_diff.diffusion.losses import loss_weight, variational_term
-from medseg_diff.diffusion.masks import one_hot
+from medseg_diff.diffusion.masks import IGNORED, one_hot
 from medseg_diff.diffusion.process import add_noise, target, velocity, x0_from
 from medseg_diff.networks import build_generator, build_network
 from medseg_diff.networks.conditional import SHARED, STRIDE
@@ -178,11 +178,11 @@ class Watched(nn.Module):
 class Constant(nn.Module):
     """Says the same whatever it is asked."""
 
-    def __init__(self, output: Tensor) -> None:
+    def __init__(self, output: Tensor | tuple[Tensor, ...]) -> None:
         super().__init__()
         self.output = output
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.output
 
 
@@ -385,3 +385,43 @@ def test_the_level_weight_of_a_mask_knows_its_scale(prediction, weights):
     found = mask_loss(Silent(), image, labels, level, noise, **OPTIONS, prediction=prediction, weighting="level")
     errors = (output - target(prediction, one_hot(labels, 3) - 0.5, noise, level)).square().mean((1, 2, 3))
     assert found.item() == pytest.approx((torch.tensor(weights) * errors).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mean_head", "denoiser", "unet", "medsegdiff_v2"])
+def test_nothing_is_learned_where_the_class_is_not_known(kind):
+    """Whatever the network says there, the loss stays, and no gradient comes from there."""
+    labels = torch.randint(0, 3, (2, SIDE, SIDE), generator=generator())
+    ignored = torch.zeros_like(labels, dtype=torch.bool)
+    ignored[:, :8] = True
+    labels[ignored] = IGNORED
+    alpha_bar = torch.tensor([0.5, 0.2], dtype=torch.float64)
+    logits = torch.randn(2, 3, SIDE, SIDE, generator=generator(1)).requires_grad_()
+    noise = torch.randn(2, 3, SIDE, SIDE, generator=generator(2))
+
+    def loss(given: Tensor) -> Tensor:
+        image, coarse = torch.zeros(2, 1, SIDE, SIDE), noise[..., ::STRIDE, ::STRIDE]
+        match kind:
+            case "unet":
+                return unet_loss(Constant(given), image, labels, classes=3)
+            case "mean_head":
+                return mean_head_loss(Constant(given), image, labels, torch.tensor([0.5, 1.0, 2.0]))
+            case "denoiser":
+                drawn = torch.stack([given, given.flip(1)])
+                shared, fields = torch.zeros(2, 2, 3, SHARED), torch.zeros(2, 2, 3, len(SPACINGS), 8, 8)
+                return denoiser_loss(
+                    Constant(drawn), image, labels, alpha_bar, coarse, shared, fields, classes=3, scale=0.5,
+                    score=plain_score(3),
+                )  # fmt: skip
+        return mask_loss(
+            Constant((given, given)), image, labels, alpha_bar, noise, classes=3, scale=0.5, prediction="x0",
+            weighting="uniform", teach_condition=True,
+        )  # fmt: skip
+
+    (gradient,) = torch.autograd.grad(loss(logits), logits)
+    elsewhere = ignored[:, None].expand_as(logits)
+    assert not gradient[elsewhere].any()
+    assert gradient[~elsewhere].any()
+    other = torch.where(elsewhere, logits.detach() * 9 + 1, logits.detach())
+    assert loss(other).item() == pytest.approx(loss(logits).item(), rel=1e-6)
+    labels.fill_(IGNORED)
+    assert loss(logits).isfinite()

@@ -10,6 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from medseg_diff.config import Data
 from medseg_diff.datasets import pipeline
+from medseg_diff.datasets.layouts import Case
 from medseg_diff.datasets.pipeline import Preprocessing, load, onto_grid, prepare, preparing, preprocessing, restore
 from medseg_diff.scans.geometry import header_for
 from medseg_diff.scans.read import Scan
@@ -197,7 +198,7 @@ def test_labels_keep_their_values_and_stay_on_the_structure(tmp_path: Path):
     image_path, label_path = tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"
     nib.Nifti1Image(original.array[0], original.affine).to_filename(image_path)
     nib.Nifti1Image(label.astype(np.int32), original.affine).to_filename(label_path)
-    loaded = load(image_path, [label_path], 1)
+    loaded = load(Case("a", image_path, (label_path,)), 1)
     prepared = preparing(mr((1.0, 1.0, 1.0)), 1)(loaded)
     found = prepared["label_0"].as_tensor()[0].numpy()
     assert set(np.unique(found)) == {0, 70_001}
@@ -213,11 +214,41 @@ def test_a_reference_on_the_network_s_grid_is_that_of_training(tmp_path: Path):
     labels = (source.array[0] > 0).astype(np.uint8)
     for name, array in (("image", source.array[0]), ("label", labels)):
         nib.save(nib.Nifti1Image(array, source.affine), tmp_path / f"{name}.nii")
-    prepared = preparing(mr((1.03, 1.49, 2.07)), 1)(load(tmp_path / "image.nii", [tmp_path / "label.nii"], 1))
+    prepared = preparing(mr((1.03, 1.49, 2.07)), 1)(
+        load(Case("a", tmp_path / "image.nii", (tmp_path / "label.nii",)), 1)
+    )
     expected = prepared["label_0"].numpy()[0]
     assert 0.3 < expected.mean() < 0.7
     found = onto_grid(labels, source.affine, prepared["image"].affine, expected.shape)
     assert (found != expected).mean() < 0.01  # a tie between two voxels is left to rounding errors
+
+
+def test_what_the_grid_cannot_hold_does_not_alias(monkeypatch: pytest.MonkeyPatch):
+    """Voxels black and white by turns are gray from afar, but every second one of them is black."""
+    board = (np.indices((25, 21, 17)).sum(0) % 2).astype(float)
+    how = Preprocessing((1.0, 1.0, 1.0), "ct", (0.0, 1.0), (0.0, 100.0))
+    inner = (0, *3 * [slice(1, -1)])
+    for spacing_mm, largest in (((0.5, 0.5, 0.5), 0.01), ((0.5, 1.0, 1.0), 0.15)):
+        fine = scan(board, np.diag([*spacing_mm, 1]))
+        assert prepare(fine, how)[inner].abs().max() < largest
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "_smoothed", lambda image, growth: image)
+            assert prepare(fine, how)[inner].abs().min() > 0.999
+    for spacing_mm in ((1.0, 1.0, 1.0), (2.0, 2.0, 2.0)):
+        same = scan(board, np.diag([*spacing_mm, 1]))
+        assert torch.equal(
+            prepare(same, dataclasses.replace(how, spacing_mm=spacing_mm))[0], torch.from_numpy(board * 2 - 1).float()
+        )
+
+
+def test_a_blurred_scan_keeps_its_mass_and_its_place():
+    affine = np.diag([0.5, 0.5, 1.0, 1])
+    point = np.zeros((41, 41, 9))
+    point[20, 20, 4] = 1.0
+    found = prepare(scan(point, affine), Preprocessing((1.5, 1.5, 1.0), "ct", (-1.0, 1.0), (0.0, 100.0)))
+    image = found.as_tensor()[0].numpy()
+    np.testing.assert_allclose(centre_of(image, found.affine.numpy()), (10, 10, 4), atol=0.05)
+    assert image.sum() * 9 == pytest.approx(1, rel=0.1)
 
 
 def test_preprocessing_is_that_of_the_configuration():

@@ -10,9 +10,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
+from PIL import Image
 
 from medseg_diff.errors import UserError
-from medseg_diff.scans.read import find_scans, read_label_map, read_scan, scan_name
+from medseg_diff.scans.read import read_label_map, read_scan, scan_name
 
 RAMP = np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6)
 OBLIQUE = nib.affines.from_matvec(
@@ -267,7 +269,6 @@ def test_no_hang_on_what_is_no_file(tmp_path):
     assert "kind is not known" in refusal(write(tmp_path, "a.jpg", b"x"))
     long = tmp_path / ("a" * 300 + ".nii.gz")
     assert "File name too long" in refusal(long)
-    assert find_scans([long]) == [long]
 
 
 def image() -> sitk.Image:
@@ -320,15 +321,70 @@ def test_an_mhd_reads_no_file_from_elsewhere(tmp_path):
     assert "not beside it" in refusal(path)
 
 
-def test_a_gray_png_is_one_voxel_thick(tmp_path):
-    path = tmp_path / "x.png"
+@pytest.mark.parametrize("suffix", ["png", "tif", "tiff"])
+def test_a_picture_is_one_voxel_thick(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
     sitk.WriteImage(sitk.GetImageFromArray(RAMP[:, :, 0].astype(np.uint16).T), path)
     scan = read_scan(path)
     np.testing.assert_array_equal(scan.array[0, :, :, 0], RAMP[:, :, 0])
     assert "1 mm is assumed" in scan.warnings[0]
-    color = tmp_path / "color.png"
-    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 4, 3), np.uint8), isVector=True), color)
+    assert scan.kind == ("png" if suffix == "png" else "tiff")
+    color = tmp_path / f"color.{suffix}"
+    rgb = np.random.default_rng(0).integers(0, 255, (5, 4, 3), np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(rgb, isVector=True), color)
     assert "3 values a voxel" in refusal(color)
+    np.testing.assert_array_equal(read_scan(color, channels=3).array[..., 0], rgb.transpose(2, 1, 0))
+
+
+def test_pictures_that_would_be_read_wrongly_are_refused(tmp_path):
+    """ITK makes four colours of a TIFF that it does not know, and 0.08 mm of 300 dots per inch."""
+    gray = (RAMP[:, :, 0] * 500).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "dots.tif", gray, resolution=(300, 300), resolutionunit="INCH")
+    assert read_scan(tmp_path / "dots.tif").spacing_mm == (1, 1, 1)
+    tifffile.imwrite(tmp_path / "tiled.tif", gray, tile=(16, 16))
+    tifffile.imwrite(tmp_path / "pages.tif", np.stack([gray] * 3), photometric="minisblack")
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 4, 4), np.uint8), isVector=True), tmp_path / "alpha.png")
+    assert "4 values a voxel" in refusal(tmp_path / "tiled.tif")
+    assert "unusual kind of pixels" in refusal(tmp_path / "tiled.tif", channels=4)
+    assert "several pages" in refusal(tmp_path / "pages.tif")
+    assert "transparency" in refusal(tmp_path / "alpha.png", channels=4)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_damaged_pictures_are_refused(tmp_path, suffix):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 40), np.uint8)).save(
+        tmp_path / f"a.{suffix}", **({"compression": "tiff_deflate"} if suffix == "tif" else {})
+    )
+    good = (tmp_path / f"a.{suffix}").read_bytes()
+    assert read_scan(tmp_path / f"a.{suffix}").shape == (40, 50, 1)
+    for name, content in {"half": good[:1000], "cut": good[:-9], "flipped": good[:900] + b"x" + good[901:]}.items():
+        assert "damaged" in refusal(write(tmp_path, f"{name}.{suffix}", content))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("packed", [bytes, gzip.compress])
+def test_a_pair_of_files_reads_as_one(tmp_path, version, packed):
+    whole = nifti(version=version)
+    start = len(whole) - RAMP.nbytes
+    header = bytearray(whole[: start - 4])
+    place = 344 if version == 1 else 4
+    header[place : place + 3] = b"ni%d" % version
+    header[108:112] = struct.pack("<f", 16) if version == 1 else header[108:112]
+    header[168:176] = struct.pack("<q", 16) if version == 2 else header[168:176]
+    write(tmp_path, "a.hdr", bytes(header))
+    assert "there is no a.img beside it" in refusal(tmp_path / "a.hdr")
+    write(tmp_path, "a.img", packed(bytes(16) + whole[start:]))
+    for name in ("a.hdr", "a.img"):
+        scan = read_scan(tmp_path / name)
+        np.testing.assert_array_equal(scan.array[0], RAMP)
+        np.testing.assert_allclose(scan.affine, OBLIQUE, atol=1e-5)
+        assert (scan.name, scan.kind, scan.warnings) == ("a", "nifti", ())
+    write(tmp_path, "a.img", packed(whole[start:]))
+    with pytest.raises(UserError, match=r"a.img: it ends after 464 of the 480 bytes"):
+        read_scan(tmp_path / "a.hdr")
+    with pytest.raises(UserError, match=r"alone.hdr: it does not exist"):
+        read_scan(write(tmp_path, "alone.img", b"x"))
+    assert "wrong" in refusal(write(tmp_path, "whole.hdr", whole))
 
 
 def test_label_maps_are_whole_numbers(tmp_path):
@@ -357,27 +413,6 @@ def test_names(tmp_path):
         "s",
     ]
     assert scan_name(tmp_path / "series.v2") == "series.v2"
-
-
-def test_a_folder_stands_for_its_scans(tmp_path):
-    for name in ("b.nii.gz", "a.mha", "notes.txt", ".hidden.nii"):
-        write(tmp_path, name, b"")
-    (tmp_path / "empty").mkdir()
-    assert find_scans([tmp_path]) == [tmp_path / "a.mha", tmp_path / "b.nii.gz"]
-    assert find_scans([tmp_path / "empty", tmp_path / "absent.nii"]) == [tmp_path / "empty", tmp_path / "absent.nii"]
-    write(tmp_path, "a.nrrd", b"")
-    with pytest.raises(UserError, match="would overwrite"):
-        find_scans([tmp_path])
-
-
-def test_a_stray_dicom_file_hides_no_scan(tmp_path):
-    """Results lie beside each other as knee_seg.nii.gz and knee_seg.dcm; a series is a folder of DICOM files alone."""
-    for folder in ("series", "results"):
-        (tmp_path / folder).mkdir()
-        write(tmp_path, f"{folder}/knee_seg.dcm", bytes(128) + b"DICM")
-    scan = write(tmp_path, "results/knee_seg.nii.gz", b"")
-    assert find_scans([tmp_path / "results"]) == [scan]
-    assert find_scans([tmp_path / "series"]) == find_scans([tmp_path]) == [tmp_path / "series"]
 
 
 def test_a_real_scan_reads_as_nibabel_reads_it(hippocampus):

@@ -36,9 +36,12 @@ def test_links_and_pictures_are_there(page):
             assert ((ROOT / page).parent / target).exists(), target
 
 
-def test_the_examples_of_the_docs_run():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/diffusion.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("docs/diffusion.md", 2)])
+def test_the_examples_run(page, count, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert len(blocks) == count
+    shutil.copytree(ROOT / "data/sample", tmp_path / "data/sample")
+    monkeypatch.chdir(tmp_path)
     exec("\n".join(blocks), {})
 
 

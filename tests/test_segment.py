@@ -1,5 +1,8 @@
+import csv
 import itertools
 import json
+import shutil
+import zipfile
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +48,8 @@ def scan(tmp_path_factory) -> Path:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    """Of files that belong to one scan."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "report.csv") if folder.exists() else []
 
 
 def voxels(path: Path) -> np.ndarray:
@@ -272,3 +276,45 @@ def test_an_empty_mask_has_no_dicom_files_and_a_warning(model, dicom, tmp_path):
     assert refused == []
     assert names(tmp_path) == [f"{series.name}_report.json"]
     assert "nothing was segmented" in report["warnings"][-1]
+
+
+def test_many_scans_are_one_table_and_what_is_done_stays(model, scan, tmp_path, monkeypatch):
+    """Of a folder, an archive and a damaged file; the second call computes only what the first could not."""
+    given, out = tmp_path / "given", tmp_path / "out"
+    (given / "p1").mkdir(parents=True)
+    shutil.copy(scan, given / "p1/knee.nii.gz")
+    with zipfile.ZipFile(given / "clinic.zip", "w") as archive:
+        archive.write(scan, "p2/knee.nii.gz")
+        archive.writestr("broken.nii.gz", b"x")
+    reports, [error] = segment_files([given], model["volumes"], out, samples=2, items=["seg", "report"])
+    wanted = [given / "clinic.zip/p2/knee.nii.gz", given / "p1/knee.nii.gz"]
+    assert [report["scan"] for report in reports] == list(map(str, wanted))
+    assert error.where == str(given / "clinic.zip/broken.nii.gz")
+    assert names(out / "p1") == names(out / "clinic/p2") == ["knee_report.json", "knee_seg.nii.gz"]
+    assert (out / "p1/knee_seg.nii.gz").read_bytes() == (out / "clinic/p2/knee_seg.nii.gz").read_bytes()
+
+    with (out / "report.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["scan"], line["name"]) for line in lines] == [
+        *((str(path), name) for path in wanted for name in ("core", "shell")),
+        (error.where, ""),
+    ]
+    first, label = lines[0], reports[0]["labels"][0]
+    assert [float(first[f"volume_ml{end}"]) for end in ("", "_low90", "_high90")] == pytest.approx(
+        [label["volume_ml"], *label["volume_ml_interval90"]]
+    )
+    assert lines[-1]["error"] == f"{error.what}. {error.advice}"
+
+    (out / "p1/knee_seg.nii.gz").unlink()
+    computed: list[Path] = []
+    monkeypatch.setattr(
+        segment, "read_scan", lambda path, *more: computed.append(path.relative_to(given)) or read_scan(path, *more)
+    )
+    changes = ({}, {}, {"seed": 1}, {"items": ["seg", "prob", "report"]})
+    for change, count in zip(changes, (1, 0, 1, 1), strict=True):
+        computed.clear()
+        settings = {"samples": 2, "items": ["seg", "report"], "skip_existing": True} | change
+        again, refused = segment_files([given / "p1"], model["volumes"], out / "p1", **settings)
+        assert (len(again), refused, len(computed)) == (1, [], count), change
+    with pytest.raises(UserError, match="report"):
+        segment_files([given], model["volumes"], out, items=["seg"], skip_existing=True)

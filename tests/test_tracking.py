@@ -59,9 +59,12 @@ def uri(work, tmp_path):
 
 
 @pytest.fixture
-def warnings(caplog):
-    def sentences():
-        return [record.getMessage() for record in caplog.records if record.name == "medseg_diff.tracking"]
+def warnings(capsys):
+    said: list[str] = []
+
+    def sentences() -> list[str]:
+        said.extend(line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
+        return said
 
     return sentences
 

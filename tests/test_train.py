@@ -141,7 +141,7 @@ def test_patience_ends_what_no_longer_improves(patience, steps, data, tmp_path, 
 
 
 def test_the_denoiser_begins_when_the_mean_head_no_longer_improves(data, tmp_path, capsys):
-    """After three validations of six, and it has its quarter of the budget all the same."""
+    """And it has its share of the budget all the same: 1.2 of 8 steps."""
     config = settings(data, tmp_path, steps=8, lr=1e-30, validations=8, patience=2)
     assert train(config, tmp_path, CPU)["steps"] == 5
     assert "step 3: the mean head is done, the denoiser begins" in capsys.readouterr().err
@@ -150,24 +150,25 @@ def test_the_denoiser_begins_when_the_mean_head_no_longer_improves(data, tmp_pat
 
 def test_the_denoiser_learns_after_the_mean_head(data: Path, tmp_path: Path):
     """And alone: what was learned before rests, in the network and in the average, or goes back to a better one."""
-    config = resolve(settings(data, tmp_path, steps=8), (), 1)
+    config = resolve(settings(data, tmp_path, steps=20), (), 1)
     image = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     volumes = [Volume("a", image, (image > 0).byte(), ())]
     state, better = begin(config, 1, 3, CPU, volumes), build(config, 1, 3)
     histories: dict[str, list[Tensor]] = {"denoiser": [], "mean_head": []}
-    for state.step in range(8):
-        if state.step == 6:
+    for state.step in range(14, 20):
+        if state.step == 17:
+            assert state.stage_spent(config) == 1
             state.teach_denoiser(better)
-            assert (state.stage_step, state.stage_spent(config)) == (6, 0)
+            assert (state.stage_step, state.stage_spent(config)) == (17, 0)
         take_step(state, config, volumes, 3)
         for part, history in histories.items():
             weight = getattr(state.average, part)
             history.append(torch.cat([p.detach().flatten().clone() for p in weight.parameters()]))
-    for part, resting, learning in (("denoiser", range(1, 6), (6, 7)), ("mean_head", (7,), range(1, 6))):
+    for part, resting, learning in (("denoiser", (1, 2), (3, 4, 5)), ("mean_head", (4, 5), (1, 2))):
         history = histories[part]
         assert all(torch.equal(history[i], history[i - 1]) for i in resting), part
         assert not any(torch.equal(history[i], history[i - 1]) for i in learning), part
-    assert torch.equal(histories["mean_head"][6], torch.cat([p.flatten() for p in better.mean_head.parameters()]))
+    assert torch.equal(histories["mean_head"][3], torch.cat([p.flatten() for p in better.mean_head.parameters()]))
 
 
 def test_a_finished_run_is_left_alone_and_fresh_starts_again(straight: Path, data: Path, tmp_path: Path):
@@ -264,7 +265,8 @@ def test_a_data_set_that_changed_is_not_trained_on(data: Path, tmp_path: Path):
     first = next((copy / "labelsTr").iterdir())
     first.write_bytes(next(p for p in (copy / "labelsTr").iterdir() if p != first).read_bytes())
     description = json.loads((copy / "dataset.json").read_text())
-    description["training"] = description["training"][1:]
+    for path in description["training"].pop(0).values():
+        (copy / path).unlink()
     (copy / "dataset.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match="changed since"):
         train(settings(copy, tmp_path, steps=3, validations=1), tmp_path / "run", CPU)
@@ -296,7 +298,7 @@ def test_a_longer_budget_goes_on(straight: Path, data: Path, tmp_path: Path):
 def test_a_longer_budget_is_the_mean_heads_first(data: Path, tmp_path: Path):
     """Unless it had stopped improving; and a denoiser that is past its share goes on."""
     state = begin(settings(data, tmp_path), 1, 3, CPU)
-    for stale, longer, denoising in ((0, 12, False), (3, 12, True), (0, 7, True)):
+    for stale, longer, denoising in ((0, 8, False), (3, 8, True), (0, 7, True)):
         state.step, state.stale = 6, stale
         state.teach_denoiser()
         state.extend(settings(data, tmp_path, steps=longer, patience=3).train)

@@ -201,7 +201,7 @@ def test_the_score_of_volumes_is_fair():
 def test_expected_dice_by_hand():
     assert expected_dice(np.array([1.0, 1.0, 0.0])) == 1
     assert expected_dice(np.array([[0.9, 0.5], [0.2, 0.0]])) == pytest.approx(2 * 1.4 / (1.6 + 2))
-    assert expected_dice(np.full(4, 1e-4)) == 0
+    assert expected_dice(np.full(4, 1e-4)) == pytest.approx(2 * 4e-4 / (4e-4 + 4))
     assert math.isnan(expected_dice(np.zeros(3)))
 
 

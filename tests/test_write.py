@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from medseg_diff.errors import UserError
 from medseg_diff.files import replacing
 from medseg_diff.scans.read import read_label_map, read_scan
-from medseg_diff.scans.write import write_dicom_seg, write_nifti, write_seg_nrrd
+from medseg_diff.scans.write import write_nifti, write_seg_nrrd
 
 SHAPE, VOXEL = (4, 5, 6), (3, 1, 4)
 LABELS = np.zeros(SHAPE, np.uint8)
@@ -230,34 +230,3 @@ def test_3d_slicer_finds_names_values_and_extents(tmp_path):
     assert [fields[f"Segment{i}_LabelValue"] for i in (0, 1)] == ["1", "2"]
     assert fields["Segment1_Extent"] == "0 3 0 4 0 5"
     assert fields["Segment0_Color"] != fields["Segment1_Color"]
-
-
-def test_a_dicom_segmentation_reads_back_on_its_series(tmp_path, dicom):
-    import highdicom as hd
-
-    for folder in sorted(dicom.iterdir()):
-        scan = read_scan(folder)
-        labels = np.zeros(scan.shape, np.uint8)
-        labels[5:9, 10:20, 3:12] = 1
-        labels[20:22, 10:20, 8:] = 7
-        write_dicom_seg(labels, scan, {0: "background", 1: "Head", 5: "absent", 7: "Tail"}, tmp_path / "a.dcm")
-        segmentation = hd.seg.segread(tmp_path / "a.dcm")
-        assert [s.SegmentLabel for s in segmentation.SegmentSequence] == ["Head", "Tail"]
-        volume = segmentation.get_volume(combine_segments=True)
-        lps = np.diag([-1, -1, 1, 1]) @ scan.affine
-        found = np.zeros_like(labels)
-        for index in np.argwhere(volume.array > 0):
-            place = np.linalg.solve(lps, np.append(volume.map_indices_to_reference(index[None])[0], 1))[:3]
-            found[tuple(np.rint(place).astype(int))] = {1: 1, 2: 7}[int(volume.array[tuple(index)])]
-        np.testing.assert_array_equal(found, labels)
-        frame = segmentation.PerFrameFunctionalGroupsSequence[0]
-        assert len(frame.DerivationImageSequence[0].SourceImageSequence) == 1
-
-
-def test_a_dicom_segmentation_needs_dicom_and_a_label(tmp_path, dicom):
-    with pytest.raises(UserError, match="needs a DICOM series"):
-        write_dicom_seg(LABELS, scan_at(tmp_path), NAMES, tmp_path / "a.dcm")
-    scan = read_scan(sorted(dicom.iterdir())[0])
-    with pytest.raises(UserError, match="nothing was segmented"):
-        write_dicom_seg(np.zeros(scan.shape, np.uint8), scan, NAMES, tmp_path / "a.dcm")
-    assert not (tmp_path / "a.dcm").exists()

@@ -14,17 +14,18 @@ import monai
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
-from monai.data import MetaTensor
 from torch import Tensor
 
 import medseg_diff
 from medseg_diff.datasets.layouts import Case
 from medseg_diff.datasets.pipeline import Preprocessing, label_keys, load, preparing
+from medseg_diff.datasets.reading import check_values
+from medseg_diff.diffusion.masks import IGNORED
 from medseg_diff.errors import UserError
 from medseg_diff.files import replacing
 
-MOST_CLASSES = 256
-"""A voxel's label takes a byte."""
+MOST_CLASSES = IGNORED
+"""A voxel's label takes a byte, one value of which is not learned."""
 
 SEEDS_PER_CLASS = 4096
 """Labelled voxels of a class that are remembered as centres for crops."""
@@ -92,34 +93,15 @@ def _allow_open_files(more: int) -> None:
 
 def _prepare(case: Case, how: Preprocessing, values: Sequence[int], channels: int) -> tuple[np.ndarray, np.ndarray]:
     keys = label_keys(len(case.labels))
-    loaded = load(case.image, case.labels, channels)
+    loaded, allowed = load(case, channels), {*values, case.ignore}
     for key, path in zip(keys, case.labels, strict=True):
-        _check_grid(loaded[key], loaded["image"], path, case.image)
-        _check_values(loaded[key], values, path)
+        check_values(np.unique(loaded[key].numpy()).tolist(), allowed, path)
     prepared = preparing(how, len(keys))(loaded)
     image = prepared["image"].as_tensor().numpy().astype(np.float32)
     if not keys:
         return image, np.zeros((0, *image.shape[1:]), np.uint8)
-    maps = np.concatenate([prepared[key].as_tensor().numpy() for key in keys])
-    return image, np.searchsorted(values, np.rint(maps).astype(np.int64)).astype(np.uint8)
-
-
-def _check_grid(label: MetaTensor, image: MetaTensor, path: Path, image_path: Path) -> None:
-    advice = f"Resample the label map onto the grid of {image_path.name}."
-    if label.shape[1:] != image.shape[1:]:
-        found, wanted = ("x".join(map(str, t.shape[1:])) for t in (label, image))
-        raise UserError(path, f"its shape is {found}, and {image_path.name} has {wanted}", advice)
-    difference = float((label.affine - image.affine).abs().max())
-    if difference > 1e-3:
-        raise UserError(path, f"its affine differs from that of {image_path.name} by {difference:.4g}", advice)
-
-
-def _check_values(label: Tensor, values: Sequence[int], path: Path) -> None:
-    unknown = sorted(set(np.unique(label.numpy()).tolist()) - set(values))
-    if unknown:
-        listed = ", ".join(map(str, unknown[:5]))
-        advice = "Declare them under 'labels' of dataset.json, or correct the file."
-        raise UserError(path, f"holds label values that are not declared: {listed}", advice)
+    maps = np.rint(np.concatenate([prepared[key].as_tensor().numpy() for key in keys])).astype(np.int64)
+    return image, np.where(maps == case.ignore, IGNORED, np.searchsorted(values, maps)).astype(np.uint8)
 
 
 def _centres(labels: np.ndarray, classes: int) -> tuple[np.ndarray, ...]:
@@ -135,7 +117,7 @@ def _centres(labels: np.ndarray, classes: int) -> tuple[np.ndarray, ...]:
 def _key(case: Case, how: Preprocessing, values: Sequence[int], channels: int) -> str:
     files = [
         (str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns)
-        for path in (case.image, *case.labels)
+        for path in (*case.images, *case.labels)
     ]
-    content = json.dumps([CODE, files, asdict(how), list(values), channels])
+    content = json.dumps([CODE, files, case.ignore, asdict(how), list(values), channels])
     return hashlib.sha256(content.encode()).hexdigest()[:32]

@@ -1,19 +1,27 @@
 """Every problem of a data set or a scan at once, and what a data set holds."""
 
-import hashlib
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import yaml
+from jaxtyping import Int
 
+from medseg_diff.config_file import parse_config
 from medseg_diff.console import progress
-from medseg_diff.datasets.layouts import Case, Dataset, survey, visible
+from medseg_diff.datasets.description import is_dataset
+from medseg_diff.datasets.fingerprint import Contents, contents_of, fingerprint, proposal
+from medseg_diff.datasets.layouts import Case, Dataset, survey, twins
+from medseg_diff.datasets.reading import check_values, read_case
 from medseg_diff.errors import UserError
-from medseg_diff.scans.read import KINDS, Scan, find_scans, read_label_map, read_scan
+from medseg_diff.files import replacing
+from medseg_diff.scans.find import find_scans
+from medseg_diff.scans.geometry import check_same_grid
+from medseg_diff.scans.read import Scan, read_label_map, read_scan
 
-AFFINE_TOLERANCE = 1e-3
 UNUSUAL_SPACING = 3.0  # times the median, or a part of it
 
 
@@ -27,169 +35,119 @@ class Problem:
     level: Literal["error", "warning"] = "error"
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What is remembered of a case once its voxels are gone; volumes are by label value, one mapping a label file."""
-
-    digest: str
-    shape: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float]
-    percentiles: np.ndarray
-    volumes_ml: list[dict[int, float]]
-
-
 def check(path: Path) -> tuple[list[Problem], dict[str, Any] | None]:
-    """Every problem of a data set (a folder with dataset.json, or imagesTr) or of scans; none where all is well.
+    """Every problem of a data set (see data/README.md) or of scans; none where all is well.
 
-    With them, what a data set without errors holds: cases, and over them shapes, spacings, intensities and volumes of
-    the labels. Values are {"median", "min", "max"} over the cases, a list for the three axes of the files; the volume
-    of a label is over the label files that hold it, and `files` counts these.
+    With them, of a data set without errors, its `fingerprint` and, as `configuration`, the `proposal` for it.
     """
-    if (path / "dataset.json").exists() or (path / "imagesTr").is_dir():
+    if is_dataset(path):
         return _check_dataset(path)
     try:
-        scans = find_scans([path])
+        scans = [scan.path for scan in find_scans([path])]
     except UserError as error:
         return [_problem(error)], None
     problems = []
     with progress("checking", len(scans)) as advance:
         for scan in scans:
-            problems += _check_scan(scan, channels=1)[1]
+            try:
+                problems += _warnings(read_scan(scan))
+            except UserError as error:
+                problems.append(_problem(error))
             advance()
-    return problems, None
+    return _gathered(problems), None
 
 
-def _check_dataset(root: Path) -> tuple[list[Problem], dict[str, Any] | None]:
+def write_config(contents: dict[str, Any] | None, path: Path) -> None:
+    """Writes what `check` proposes as a configuration. Raises UserError where there is nothing to propose."""
+    if contents is None:
+        raise UserError(path, "it is not written: it would be for a data set without errors", "Mend the errors first.")
+    if path.exists():
+        raise UserError(path, "it is there already", "Name another file, or remove it.")
+    parse_config(contents["configuration"], path)
+    with replacing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(contents["configuration"], sort_keys=False, default_flow_style=None))
+
+
+def _check_dataset(path: Path) -> tuple[list[Problem], dict[str, Any] | None]:
     try:
-        dataset, errors = survey(root)
+        dataset, errors = survey(path)
     except UserError as error:
         return [_problem(error)], None
     problems = [_problem(error) for error in errors]
-    contents = {}
+    held: dict[Case, Contents] = {}
     present: set[int] = set()
     with progress("checking", len(dataset.cases)) as advance:
         for case in dataset.cases:
-            scan, counts, found = _check_case(case, dataset)
+            scan, label_maps, found = _check_case(case, dataset)
             problems += found
-            present.update(*counts)
             if scan:
-                contents[case] = _contents(scan, counts)
+                held[case] = contents_of(scan, label_maps, dataset.labels)
+                present.update(*held[case].volumes_ml)
             advance()
-    problems += _unlisted(dataset) + _twins(root, contents)
+    problems += map(_problem, twins(dataset.root, {case.name: contents.digest for case, contents in held.items()}))
     for value in dataset.labels.keys() - present - {0}:
         what = f"label {value} ({dataset.labels[value]}) is declared and in no label file"
-        problems.append(Problem(str(root), what, "Remove it from dataset.json, or add cases that show it.", "warning"))
-    problems += _unusual_spacings({case: sorted(held.spacing_mm) for case, held in contents.items()})
-    sound = all(problem.level == "warning" for problem in problems)
-    return problems, _fingerprint(dataset, list(contents.values())) if sound else None
-
-
-def _check_case(case: Case, dataset: Dataset) -> tuple[Scan | None, list[dict[int, int]], list[Problem]]:
-    """The scan, the voxels of each value in each of its label files, and the problems of all of them."""
-    scan, problems = _check_scan(case.image, len(dataset.channels)) if case.image.is_file() else (None, [])
-    if not case.labels:
-        advice = "Name its label in dataset.json, or move the case out of 'training'."
-        problems.append(Problem(str(case.image), "it has no label", advice))
-    counts = []
-    for path in filter(Path.is_file, case.labels):
-        count, found = _check_label(path, scan, dataset.labels)
-        counts.append(count)
-        problems += found
-    return scan, counts, problems
-
-
-def _contents(scan: Scan, counts: list[dict[int, int]]) -> Contents:
-    digest = hashlib.sha256(scan.array.data).hexdigest()
-    volumes_ml = [{value: count * scan.voxel_ml for value, count in found.items()} for found in counts]
-    return Contents(digest, scan.shape, scan.spacing_mm, np.percentile(scan.array, [0.5, 50, 99.5]), volumes_ml)
-
-
-def _fingerprint(dataset: Dataset, contents: list[Contents]) -> dict[str, Any]:
-    volumes_ml = defaultdict(list)
-    for found in (found for held in contents for found in held.volumes_ml):
-        for value, volume in found.items():
-            volumes_ml[value].append(volume)
-    percentiles = np.transpose([held.percentiles for held in contents])
-    return {
-        "cases": len(dataset.cases),
-        "raters": sorted({len(case.labels) for case in dataset.cases}),
-        "shape": _spread([held.shape for held in contents]),
-        "spacing_mm": _spread([held.spacing_mm for held in contents]),
-        "intensity_percentile": dict(zip(("0.5", "50", "99.5"), map(_spread, percentiles), strict=True)),
-        "volume_ml": {
-            name: {"files": len(volumes_ml[value]), **(_spread(volumes_ml[value]) if volumes_ml[value] else {})}
-            for value, name in dataset.labels.items()
-            if value
-        },
+        advice = "Remove it from dataset.json, or add cases that show it."
+        problems.append(Problem(str(dataset.root), what, advice, "warning"))
+    problems += _unusual_spacings(held)
+    if any(problem.level == "error" for problem in problems):
+        return _gathered(problems), None
+    contents = list(held.values())
+    return _gathered(problems), {
+        **fingerprint(dataset, contents),
+        "configuration": proposal(path, dataset, contents),
     }
 
 
-def _twins(root: Path, contents: dict[Case, Contents]) -> list[Problem]:
-    names: dict[str, list[str]] = defaultdict(list)
-    for case, held in contents.items():
-        names[held.digest].append(case.name)
-    advice = "Keep one: a copy in training and validation would make the scores too good."
-    return [
-        Problem(str(root), f"the same scan under several names: {', '.join(same)}", advice)
-        for same in names.values()
-        if len(same) > 1
-    ]
+def _check_case(case: Case, dataset: Dataset) -> tuple[Scan | None, list[Int[np.ndarray, "x y z"]], list[Problem]]:
+    """The scan, the label maps on its grid, and the problems of all of its files."""
+    scan, problems = None, []
+    if all(path.is_file() for path in case.images):
+        try:
+            scan = read_case(case, len(dataset.channels))
+            problems += _warnings(scan)
+        except UserError as error:
+            problems.append(_problem(error))
+    if not case.labels:
+        advice = "Name its label in the data set's description, or leave the case out of it."
+        problems.append(Problem(str(case.image), "it has no label", advice))
+    fitting = []
+    for path in filter(Path.is_file, case.labels):
+        try:
+            label_map, affine = read_label_map(path)
+        except UserError as error:
+            problems.append(_problem(error))
+            continue
+        try:
+            if scan:
+                check_same_grid(path, label_map.shape, affine, scan.path, scan.shape, scan.affine)
+            fitting.append(label_map)
+        except UserError as error:
+            problems.append(_problem(error))
+        problems += _check_label(path, label_map, dataset, case.ignore)
+    return scan, fitting, problems
 
 
-def _check_scan(path: Path, channels: int) -> tuple[Scan | None, list[Problem]]:
+def _check_label(
+    path: Path, label_map: Int[np.ndarray, "x y z"], dataset: Dataset, ignore: int | None
+) -> list[Problem]:
+    values, problems = set(np.unique(label_map).tolist()), []
     try:
-        scan = read_scan(path, channels)
+        check_values(values, {*dataset.labels, ignore}, path)
     except UserError as error:
-        return None, [_problem(error)]
-    advice = "See that this is right before you trust it."
-    return scan, [Problem(str(path), warning, advice, "warning") for warning in scan.warnings]
-
-
-def _check_label(path: Path, scan: Scan | None, labels: dict[int, str]) -> tuple[dict[int, int], list[Problem]]:
-    """The voxels of each value in a label file, and its problems; without a scan, its grid is compared with nothing."""
-    try:
-        label_map, affine = read_label_map(path)
-    except UserError as error:
-        return {}, [_problem(error)]
-    where, problems = str(path), []
-    if scan and label_map.shape != scan.shape:
-        what = f"its shape is {_times(label_map.shape)}, that of its image {scan.path} is {_times(scan.shape)}"
-        problems.append(Problem(where, what, "Draw it on the grid of the image, or resample it to that (nearest)."))
-    elif scan and (gap := float(np.abs(affine - scan.affine).max())) > AFFINE_TOLERANCE:
-        what = f"its affine differs from that of its image {scan.path} by up to {gap:.3g}"
-        advice = "If the voxels fit, copy the header of the image into the label; if not, resample it (nearest)."
-        problems.append(Problem(where, what, advice))
-    found, counts = np.unique(label_map, return_counts=True)
-    values = dict(zip(found.tolist(), counts.tolist(), strict=True))
-    if undeclared := sorted(values.keys() - labels.keys()):
-        what = f"dataset.json does not declare the label value(s) {', '.join(map(str, undeclared))}"
-        problems.append(Problem(where, what, "Declare them under 'labels', or correct the file."))
-    if values.keys() == {0}:
-        problems.append(Problem(where, "it is empty", "Fine if the scan shows no structure.", "warning"))
+        problems.append(_problem(error))
+    if values == {0}:
+        problems.append(Problem(str(path), "it is empty", "Fine if the scan shows no structure.", "warning"))
     if 0 not in values:
-        problems.append(Problem(where, "every voxel is labelled", "Is its background really 0?", "warning"))
-    return values, problems
-
-
-def _unlisted(dataset: Dataset) -> list[Problem]:
-    """Images without a label and labels without an image: files beside the listed ones that no case lists."""
-    images = {case.image for case in dataset.cases}
-    labels = {path for case in dataset.cases for path in case.labels}
-    problems = []
-    for listed, noun, other in ((images, "an image", "label"), (labels, "a label", "image")):
-        folders = {path.parent for path in listed}
-        beside = {path for folder in folders if folder.is_dir() for path in visible(folder.iterdir())}
-        for path in sorted(beside - images - labels):
-            if path.name.lower().endswith(tuple(KINDS)):
-                advice = f"List it in dataset.json with its {other}, or move it away."
-                problems.append(Problem(str(path), f"it is {noun} that no case lists", advice))
+        problems.append(Problem(str(path), "every voxel is labelled", "Is its background really 0?", "warning"))
     return problems
 
 
-def _unusual_spacings(spacings: dict[Case, list[float]]) -> list[Problem]:
+def _unusual_spacings(held: dict[Case, Contents]) -> list[Problem]:
     """Spacings, sorted within a case as axis orders differ, that are far from the median of the set."""
-    if not spacings:
+    if not held:
         return []
+    spacings = {case: sorted(contents.spacing_mm) for case, contents in held.items()}
     median = np.median(list(spacings.values()), axis=0)
     problems = []
     for case, spacing in spacings.items():
@@ -199,16 +157,27 @@ def _unusual_spacings(spacings: dict[Case, list[float]]) -> list[Problem]:
     return problems
 
 
-def _spread(values: Any) -> dict[str, Any]:
-    return {
-        name: function(np.asarray(values), axis=0).tolist()
-        for name, function in (("median", np.median), ("min", np.min), ("max", np.max))
-    }
+def _warnings(scan: Scan) -> list[Problem]:
+    advice = "See that this is right before you trust it."
+    return [Problem(str(scan.path), warning, advice, "warning") for warning in scan.warnings]
+
+
+def _gathered(problems: Sequence[Problem]) -> list[Problem]:
+    """Errors first; a warning that many files give stands once, with their number."""
+    same: dict[tuple[str, str, str], list[Problem]] = defaultdict(list)
+    for problem in problems:
+        key = problem.where if problem.level == "error" else ""
+        same[problem.level, problem.what, key].append(problem)
+    found = []
+    for first, *others in same.values():
+        counted = f"{first.what} (and so are {len(others)} more)" if others else first.what
+        found.append(replace(first, what=counted))
+    return sorted(found, key=lambda problem: problem.level)
 
 
 def _problem(error: UserError) -> Problem:
     return Problem(error.where, error.what, error.advice)
 
 
-def _times(numbers: Any) -> str:
+def _times(numbers: Sequence[float] | np.ndarray) -> str:
     return " x ".join(f"{number:g}" for number in numbers)

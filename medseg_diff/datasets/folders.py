@@ -4,7 +4,8 @@ from pathlib import Path
 
 from medseg_diff.datasets.layouts import survey
 from medseg_diff.errors import UserError
-from medseg_diff.scans.read import find_scans, scan_name
+from medseg_diff.scans.find import find_scans
+from medseg_diff.scans.read import scan_name
 
 
 def matched(predictions: Path, references: Path) -> dict[str, tuple[Path, Path]]:
@@ -33,7 +34,8 @@ def _maps(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(folder, "there is no such folder", "Name the folder that holds the label maps.")
     other = ("_uncertainty", "_prob", "_samples", "_preview")
-    return [path for path in find_scans([folder]) if path.is_file() and not scan_name(path).endswith(other)]
+    found = [scan.path for scan in find_scans([folder]) if scan.under == Path()]
+    return [path for path in found if path.is_file() and not scan_name(path).endswith(other)]
 
 
 def _stem(path: Path) -> str:

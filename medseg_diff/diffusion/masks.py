@@ -5,6 +5,9 @@ from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+IGNORED = 255
+"""Index of voxels whose class is not known: they are left out of every loss and measure."""
+
 
 def to_analog(p: Float[Tensor, "batch K *space"], b: float) -> Float[Tensor, "batch K *space"]:
     """A one-hot mask or probabilities in [0, 1] as analog bits in [-b, b] (Chen et al. 2023, Analog Bits).
@@ -21,10 +24,14 @@ def from_analog(x: Float[Tensor, "batch K *space"], b: float) -> Float[Tensor, "
 
 
 def one_hot(label_map: Integer[Tensor, "batch *space"], classes: int) -> Float[Tensor, "batch {classes} *space"]:
-    """One channel a class, 1 where the label is its index. Raises RuntimeError (on the CPU) for labels beyond them."""
+    """One channel a class, 1 where the label is its index, none where it is IGNORED.
+
+    Raises RuntimeError (on the CPU) for other labels beyond them.
+    """
     batch, *space = label_map.shape
     empty = torch.zeros(batch, classes, *space, device=label_map.device)
-    return empty.scatter_(1, label_map.long().unsqueeze(1), 1.0)
+    known = label_map != IGNORED
+    return empty.scatter_(1, torch.where(known, label_map.long(), 0).unsqueeze(1), known.unsqueeze(1).to(empty))
 
 
 def to_labels(x: Float[Tensor, "batch K *space"]) -> UInt8[Tensor, "batch *space"]:

@@ -2,15 +2,21 @@
 
 import itertools
 from pathlib import Path
+from typing import TypeVar
 
 import nibabel as nib
 import numpy as np
 from jaxtyping import Float, Shaped
 
 from medseg_diff.errors import UserError
+from medseg_diff.machine import free_memory_bytes
+
+T = TypeVar("T")
 
 VOXEL_LIMIT = 2**30  # 1024^3: 4 GiB as float32
+BYTES_A_VOXEL = 24  # the least: the file's numbers, the same in float32, a probability, an uncertainty, a mask
 SPACING_RANGE_MM = (0.02, 50.0)
+AFFINE_TOLERANCE = 1e-3
 
 
 def spacing_of(affine: Float[np.ndarray, "4 4"]) -> tuple[float, float, float]:
@@ -20,10 +26,14 @@ def spacing_of(affine: Float[np.ndarray, "4 4"]) -> tuple[float, float, float]:
 
 
 def check_geometry(path: Path, affine: Float[np.ndarray, "4 4"], shape: tuple[int, ...]) -> list[str]:
-    """Warnings about a scan's affine (in mm) and shape; UserError where no mask could be laid on such a grid."""
+    """Warnings about a scan's affine (in mm) and shape; UserError where no mask could be laid on it, or held."""
     if np.prod(shape, dtype=float) > VOXEL_LIMIT:
         size = " x ".join(map(str, shape))
         raise UserError(path, f"it claims {size} voxels, more than the {VOXEL_LIMIT} that are read", "Crop the scan.")
+    needed, free = BYTES_A_VOXEL * int(np.prod(shape)), free_memory_bytes()
+    if needed > free:
+        what = f"it needs at least {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+        raise UserError(path, what, "Crop it, resample it to larger voxels, or use a larger machine.")
     if not np.isfinite(affine).all():
         raise UserError(path, "its affine holds NaN or infinite numbers", "Export the scan again with its geometry.")
     spacing = np.array(spacing_of(affine))
@@ -47,6 +57,25 @@ def check_geometry(path: Path, affine: Float[np.ndarray, "4 4"], shape: tuple[in
     return []
 
 
+def check_same_grid(
+    path: Path,
+    shape: tuple[int, ...],
+    affine: Float[np.ndarray, "4 4"],
+    other: Path,
+    other_shape: tuple[int, ...],
+    other_affine: Float[np.ndarray, "4 4"],
+) -> None:
+    """UserError where a file does not lie on the grid of another, which it belongs to; both affines are in mm."""
+    if shape != other_shape:
+        ours, theirs = (" x ".join(map(str, lengths)) for lengths in (shape, other_shape))
+        advice = "Draw it on the grid of the other, or resample it to that (labels to the nearest voxel)."
+        raise UserError(path, f"its shape is {ours}, that of {other} is {theirs}", advice)
+    gap = float(np.abs(affine - other_affine).max())
+    if gap > AFFINE_TOLERANCE:
+        advice = "If the voxels fit, copy the header of the other into it; if not, resample it to that grid."
+        raise UserError(path, f"its affine differs from that of {other} by up to {gap:.3g}", advice)
+
+
 def largest_shift(a: Float[np.ndarray, "4 4"], b: Float[np.ndarray, "4 4"], shape: tuple[int, ...]) -> float:
     """How far apart two affines place the same corner of a volume, at most."""
     corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in shape))])
@@ -65,9 +94,13 @@ def header_for(affine: Float[np.ndarray, "4 4"], shape: tuple[int, ...]) -> nib.
 
 def ras_spacing(affine: Float[np.ndarray, "4 4"]) -> tuple[float, float, float]:
     """Voxel size along right, anterior and superior, whatever the order of the array's axes."""
-    axes = nib.io_orientation(affine)[:, 0].astype(int)
-    x, y, z = np.array(spacing_of(affine))[np.argsort(axes)]
-    return float(x), float(y), float(z)
+    right, anterior, superior = along_ras(affine, spacing_of(affine))
+    return right, anterior, superior
+
+
+def along_ras(affine: Float[np.ndarray, "4 4"], of_axes: tuple[T, ...]) -> tuple[T, ...]:
+    """What is said of the array's axes, in the order right, anterior, superior."""
+    return tuple(of_axes[axis] for axis in np.argsort(nib.io_orientation(affine)[:, 0]))
 
 
 def reoriented(

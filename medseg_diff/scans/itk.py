@@ -1,4 +1,4 @@
-"""NRRD, MHA and PNG through SimpleITK, after the checks that it leaves out."""
+"""NRRD, MHA, PNG and TIFF through SimpleITK, after the checks that it leaves out."""
 
 import os
 from pathlib import Path
@@ -13,6 +13,7 @@ from medseg_diff.scans.payload import COPY_AGAIN, Payload
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 HEADER_LIMIT = 1 << 20
+PICTURES = (".png", ".tif", ".tiff")
 
 
 def read_itk(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -24,29 +25,40 @@ def read_itk(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray, list[st
         reader.ReadImageInformation()
         sizes, components = reader.GetSize(), reader.GetNumberOfComponents()
         x, y, z = (*sizes[:3], 1)[:3]
+        picture = path.suffix.lower() in PICTURES
         if "complex" in sitk.GetPixelIDValueAsString(reader.GetPixelIDValue()):
             raise UserError(path, "its voxels are complex", "Convert it to integer or float32 gray values.")
         frames = components * int(np.prod(sizes[3:], dtype=object))
         if frames != channels:
             advice = "Give one gray value a voxel." if channels == 1 else "Give every channel, in the model's order."
             raise UserError(path, f"it holds {frames} values a voxel where {channels} are read", advice)
-        affine = _affine(reader)
+        if picture and (z > 1 or components > 3):  # 4 are also what ITK makes of TIFF files beyond its own reading
+            advice = "Save it as a plain picture, or a stack as NIfTI, NRRD or MHA."
+            raise UserError(path, "it holds several pages, transparency or an unusual kind of pixels", advice)
+        affine = LPS_TO_RAS.copy() if picture else affine_of(reader)
         warnings = check_geometry(path, affine, (x, y, z, frames))
-        if path.suffix.lower() == ".png":
-            warnings.append("a PNG has no voxel size: 1 mm is assumed")
+        if picture:
+            warnings.append("a picture has no voxel size: 1 mm is assumed")
         else:
             _check_container(path, x * y * z * frames * _bytes_a_value(reader.GetPixelIDValue()))
-        values = sitk.GetArrayFromImage(reader.Execute())  # t z y x, components last
+        values = voxels(reader.Execute())
     except RuntimeError as error:
         raise UserError(path, "it is damaged, or not of the kind its name says", COPY_AGAIN) from error
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(True)
-    if components > 1:
+    return values, affine, warnings
+
+
+def voxels(image: sitk.Image) -> np.ndarray:
+    """Values "channels x y z": the components, or the frames, of an image."""
+    x, y, z = (*image.GetSize()[:3], 1)[:3]
+    values = sitk.GetArrayFromImage(image)  # t z y x, components last
+    if image.GetNumberOfComponentsPerPixel() > 1:
         values = np.moveaxis(values, -1, 0)
-    return values.reshape(frames, z, y, x).transpose(0, 3, 2, 1), affine, warnings
+    return values.reshape(-1, z, y, x).transpose(0, 3, 2, 1)
 
 
-def _affine(reader: sitk.ImageFileReader) -> np.ndarray:
+def affine_of(reader: sitk.ImageFileReader | sitk.Image) -> np.ndarray:
     """RAS affine of the first three axes."""
     n, used = reader.GetDimension(), min(reader.GetDimension(), 3)
     direction = np.array(reader.GetDirection()).reshape(n, n)[:used, :used]

@@ -1,10 +1,12 @@
-"""NIfTI-1 and NIfTI-2, checked field by field before any memory is claimed.
+"""NIfTI-1 and NIfTI-2, in one file or two, checked field by field before any memory is claimed.
 
 nibabel and SimpleITK each read some damaged files as if they were whole, so the container is read here and nibabel
 only interprets the header. Fields: https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +22,7 @@ EXCESS_LIMIT = 1 << 24
 MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # metre, millimetre, micrometre: the low three bits of xyzt_units
 DATATYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 UNREADABLE = {1: "one-bit", 32: "complex", 128: "RGB", 1536: "float128", 1792: "complex", 2048: "complex", 2304: "RGBA"}
+PAIRED = (b"ni1\0", b"ni2\0")
 CONVERT = "Convert the scan again, to a single NIfTI file, with a tool such as dcm2niix."
 
 Header = nib.Nifti1Header | nib.Nifti2Header
@@ -37,17 +40,18 @@ def read_nifti(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray, Heade
         dtype = _dtype(path, header)
         affine = _affine(path, header, shape[:3], warnings)
         warnings += check_geometry(path, affine, shape)
-        _skip_extensions(path, header, payload)
-        size = int(np.prod(shape)) * dtype.itemsize
-        data = payload.read(size)
-        if len(data) < size:
-            raise UserError(path, f"it ends after {len(data)} of the {size} bytes its header promises", COPY_AGAIN)
-        excess = payload.rest(EXCESS_LIMIT)
+        with _voxels(path, header, payload) as (beside, voxels):
+            size = int(np.prod(shape)) * dtype.itemsize
+            data = voxels.read(size)
+            if len(data) < size:
+                what = f"it ends after {len(data)} of the {size} bytes its header promises"
+                raise UserError(beside, what, COPY_AGAIN)
+            excess = voxels.rest(EXCESS_LIMIT)
     if excess > EXCESS_LIMIT:
         raise UserError(path, "it holds far more data than its header says", CONVERT)
     if excess:
         warnings.append(f"{excess} bytes after the voxels were ignored")
-    if payload.junk:
+    if voxels.junk:
         warnings.append("junk after the compressed data was ignored")
     values = np.frombuffer(data, dtype).reshape(shape, order="F")
     native = header.as_byteswapped("<" if sys.byteorder == "little" else ">")
@@ -65,9 +69,12 @@ def _header(path: Path, payload: Payload) -> Header:
     if size == 540:
         block += payload.read(192)
     magic = {348: block[344:348], 540: block[4:8]}.get(size, b"")
-    if len(block) < size or magic not in (b"n+1\0", b"n+2\0"):
-        if magic in (b"ni1\0", b"ni2\0"):
-            raise UserError(path, "it is the header of a two-file pair (.hdr and .img)", CONVERT)
+    pair = path.suffix.lower() == ".hdr"
+    if len(block) < size or magic not in (PAIRED if pair else (b"n+1\0", b"n+2\0")):
+        if magic in PAIRED:
+            raise UserError(
+                path, "it is the header of a two-file pair (.hdr and .img)", "Name it .hdr, beside its .img."
+            )
         raise UserError(path, "it is not a NIfTI file: its header size or magic is wrong", CONVERT)
     kind = nib.Nifti1Header if size == 348 else nib.Nifti2Header
     return kind(bytes(block), endianness=order, check=False)
@@ -129,6 +136,24 @@ def _affine(path: Path, header: Header, shape: tuple[int, ...], warnings: list[s
     if MM_PER_UNIT.get(unit, 1.0) != 1:
         warnings.append(f"its unit is the {'metre' if unit == 1 else 'micrometre'}; it was converted to mm")
     return np.diag([*3 * [MM_PER_UNIT.get(unit, 1.0)], 1.0]) @ affine.astype(np.float64)
+
+
+@contextmanager
+def _voxels(path: Path, header: Header, payload: Payload) -> Iterator[tuple[Path, Payload]]:
+    """The file that holds the voxels, and it from the first voxel on."""
+    if header["magic"].item() + b"\0" not in PAIRED:
+        _skip_extensions(path, header, payload)
+        yield path, payload
+        return
+    beside, offset = path.with_suffix(".img"), float(header["vox_offset"])
+    if not beside.is_file():
+        raise UserError(path, f"its voxels are missing: there is no {beside.name} beside it", "Copy both files.")
+    if not (0 <= offset <= EXTENSION_LIMIT and offset.is_integer()):
+        raise UserError(path, f"its voxels would start at byte {offset:g}", CONVERT)
+    with beside.open("rb") as file:
+        voxels = Payload(beside, file)
+        voxels.read(int(offset))
+        yield beside, voxels
 
 
 def _skip_extensions(path: Path, header: Header, payload: Payload) -> None:

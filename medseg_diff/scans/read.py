@@ -4,17 +4,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Float32, Float64, Int, Shaped
 
 from medseg_diff.errors import UserError
-from medseg_diff.scans.dicom import is_dicom, read_dicom
+from medseg_diff.scans.dicom import read_dicom
+from medseg_diff.scans.frames import is_dicom
 from medseg_diff.scans.geometry import header_for, spacing_of
 from medseg_diff.scans.itk import read_itk
 from medseg_diff.scans.nifti import Header, read_nifti
 
 KINDS = {
-    ".nii.gz": "nifti", ".nii": "nifti", ".nrrd": "nrrd", ".mha": "mha", ".mhd": "mha", ".png": "png", ".zip": "dicom",
+    ".nii.gz": "nifti", ".nii": "nifti", ".hdr": "nifti", ".nrrd": "nrrd", ".mha": "mha", ".mhd": "mha",
+    ".png": "png", ".tif": "tiff", ".tiff": "tiff", ".zip": "dicom",
 }  # fmt: skip
+NAMED = (".dcm", ".img")
+"""Read when they are named, but no scans of a folder: a slice of a series, the voxels of a .hdr."""
 LARGEST_VALUE = 1e12  # the squares of a volume of these still sum in float32
 
 
@@ -28,8 +32,9 @@ class Scan:
         array: finite values.
         affine: voxel index to RAS world, in mm.
         header: the template for files on the same grid; in the file's own unit where that is not mm.
-        kind: nifti, nrrd, mha, png or dicom.
+        kind: nifti, nrrd, mha, png, tiff or dicom.
         warnings: sentences about what had to be assumed or mended.
+        series: the number or UID of the DICOM series, where one was chosen.
 
     """
 
@@ -40,6 +45,7 @@ class Scan:
     header: Header
     kind: str
     warnings: tuple[str, ...]
+    series: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -58,15 +64,30 @@ class Scan:
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
 
 
-def read_scan(path: str | Path, channels: int = 1) -> Scan:
-    """Reads a NIfTI, NRRD, MHA or PNG file, a DICOM series folder or a zip of one; UserError if it can't be trusted."""
+def read_scan(path: str | Path, channels: int = 1, series: str | None = None) -> Scan:
+    """Reads a NIfTI, NRRD, MHA, PNG or TIFF file, a DICOM file, folder or zip; UserError if it can't be trusted.
+
+    `series` is the number or the UID of a DICOM series, for folders of several.
+    """
     path = Path(path)
-    values, affine, header, kind, warnings = _read(path, channels)
+    return trusted(path, *_read(path, channels, series), series)
+
+
+def trusted(
+    path: Path,
+    values: Shaped[np.ndarray, "channels x y z"],
+    affine: Float64[np.ndarray, "4 4"],
+    header: Header,
+    kind: str,
+    warnings: list[str],
+    series: str | None = None,
+) -> Scan:
+    """A scan of finite float32 values, what was mended among its warnings; UserError where there is nothing to mend."""
     array = _finite_float32(path, values, warnings)
     for channel in array:
         if channel.min() == channel.max():
             warnings.append(f"every voxel has the same value, {channel.flat[0]:g}: there is nothing to segment")
-    return Scan(path, scan_name(path), array, affine, header, kind, tuple(warnings))
+    return Scan(path, scan_name(path), array, affine, header, kind, tuple(warnings), series)
 
 
 def read_label_map(path: str | Path) -> tuple[Int[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"]]:
@@ -86,62 +107,39 @@ def read_label_map(path: str | Path) -> tuple[Int[np.ndarray, "x y z"], Float64[
 
 def scan_name(path: Path) -> str:
     """The stem of a scan's outputs: knee.nii.gz -> knee, a folder -> its name."""
-    suffix = _suffix(path)
+    suffix = suffix_of(path) or (path.suffix if path.suffix.lower() in NAMED and path.is_file() else "")
     return path.name[: -len(suffix)] if suffix else path.resolve().name
 
 
-def find_scans(paths: list[Path]) -> list[Path]:
-    """The scans that `paths` stand for: a folder of scans gives its scans, sorted; anything else stands for itself.
-
-    Two scans whose outputs would have the same name are a UserError; `read_scan` refuses what cannot be read.
-    """
-    found = [scan for path in paths for scan in _scans_at(Path(path))]
-    names: dict[str, Path] = {}
-    for scan in found:
-        other = names.setdefault(scan_name(scan), scan)
-        if other is not scan:
-            raise UserError(
-                scan, f"its outputs would overwrite those of {other}", "Rename one, or run them into two folders."
-            )
-    return found
-
-
-def _scans_at(path: Path) -> list[Path]:
-    try:
-        entries = sorted(entry for entry in path.iterdir() if entry.name[0] != ".") if path.is_dir() else []
-        if _is_series(entries):
-            return [path]
-        return [e for e in entries if _suffix(e) or (e.is_dir() and _is_series(list(e.iterdir())))] or [path]
-    except OSError:
-        return [path]  # `read_scan` says why
-
-
-def _is_series(entries: list[Path]) -> bool:
-    """Whether a folder is one scan; beside other volumes a DICOM file is a stray, as our knee_seg.dcm may be."""
-    volumes = [entry for entry in entries if KINDS.get(_suffix(entry).lower()) in ("nifti", "nrrd", "mha")]
-    return any(map(is_dicom, entries)) and not [entry for entry in volumes if entry.name[0] != "."]
-
-
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
+    """That of a kind of scan, as it is written; else nothing."""
     return next((path.name[-len(s) :] for s in KINDS if path.name.lower().endswith(s)), "")
 
 
-def _read(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray, Header, str, list[str]]:
+def _read(
+    path: Path, channels: int, series: str | None = None
+) -> tuple[np.ndarray, np.ndarray, Header, str, list[str]]:
     """Values "channels x y z" as the file has them, affine in mm, header, kind, warnings."""
+    if path.suffix.lower() == ".img":
+        path = path.with_suffix(".hdr")
     try:
         if not path.exists():
             raise UserError(path, "it does not exist", "Check the path.")
         if not (path.is_dir() or path.is_file()):
             raise UserError(path, "it is neither a file nor a folder", "Give a scan file or a DICOM series folder.")
-        kind = "dicom" if path.is_dir() else KINDS.get(_suffix(path).lower())
+        kind = "dicom" if path.is_dir() or is_dicom(path) else KINDS.get(suffix_of(path).lower())
         if kind is None:
             known = ", ".join(KINDS)
             raise UserError(path, "its kind is not known", f"Give a file of {known}, or a DICOM series folder.")
         if kind == "nifti":
             values, affine, header, warnings = read_nifti(path, channels)
             return values, affine, header, kind, warnings
-        values, affine, warnings = read_dicom(path, channels) if kind == "dicom" else read_itk(path, channels)
-        return values, affine, header_for(affine, values.shape[1:]), kind, warnings
+        if kind == "dicom":
+            values, affine, warnings = read_dicom(path, channels, series)
+        else:
+            values, affine, warnings = read_itk(path, channels)
+        shape = values.shape[1:3] if kind in ("png", "tiff") else values.shape[1:]
+        return values, affine, header_for(affine, shape), kind, warnings
     except OSError as error:
         raise UserError(path, f"it cannot be read ({error.strerror})", "Check its permissions and the disk.") from error
     except MemoryError as error:

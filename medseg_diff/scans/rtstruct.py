@@ -11,10 +11,11 @@ from skimage.measure import find_contours
 
 from medseg_diff import __version__
 from medseg_diff.files import replacing
-from medseg_diff.scans.dicom import muted
+from medseg_diff.scans.dicom_seg import PATIENT_AND_STUDY, source_of
+from medseg_diff.scans.frames import muted
 from medseg_diff.scans.itk import LPS_TO_RAS
 from medseg_diff.scans.read import Scan
-from medseg_diff.scans.write import PATIENT_AND_STUDY, label_colors, source_headers
+from medseg_diff.scans.write import label_colors
 
 
 @muted()
@@ -25,9 +26,10 @@ def write_rtstruct(label_map: Integer[np.ndarray, "x y z"], scan: Scan, names: d
     UserError where the scan is not DICOM or nothing was segmented.
     """
     values = sorted(value for value in names if value and (label_map == value).any())
-    source = source_headers(scan, "rtstruct", values)
-    first, series_uid = source[0], source[0].SeriesInstanceUID
-    images = [_item(ReferencedSOPClassUID=h.SOPClassUID, ReferencedSOPInstanceUID=h.SOPInstanceUID) for h in source]
+    frames, headers = source_of(scan, "rtstruct", values)
+    images = [_reference(headers[frame.path], frame.index) for frame in frames]
+    first = headers[frames[0].path]
+    series_uid = first.SeriesInstanceUID
     frame_uid = first.get("FrameOfReferenceUID") or generate_uid()
     structures = Dataset()
     for tag in PATIENT_AND_STUDY:
@@ -92,6 +94,14 @@ def _contours(mask: np.ndarray, lps: np.ndarray, images: list[Dataset]) -> list[
                 )
             )
     return contours
+
+
+def _reference(header: Dataset, index: int) -> Dataset:
+    """To a file of one slice, or to a frame of one of many."""
+    item = _item(ReferencedSOPClassUID=header.SOPClassUID, ReferencedSOPInstanceUID=header.SOPInstanceUID)
+    if "NumberOfFrames" in header:
+        item.ReferencedFrameNumber = index + 1
+    return item
 
 
 def _item(**elements: object) -> Dataset:

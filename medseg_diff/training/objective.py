@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medseg_diff.diffusion.losses import loss_weight, variational_term
-from medseg_diff.diffusion.masks import input_scale, one_hot, pool, to_analog
+from medseg_diff.diffusion.masks import IGNORED, input_scale, one_hot, pool, to_analog
 from medseg_diff.diffusion.process import add_noise, input_scale_wiener, target, x0_from
 from medseg_diff.networks.conditional import STRIDE
 
@@ -82,11 +82,12 @@ def denoiser_loss(
 ) -> Float[Tensor, ""]:
     """Score of conditional's draws. All draws of an image share one noisy mask x_t."""
     truth = one_hot(labels, classes)
+    known = truth.sum(1, keepdim=True)
     x_0 = to_analog(pool(truth, STRIDE), scale)
     x_t = add_noise(x_0, noise, alpha_bar)
     state = (_along(input_scale_wiener(alpha_bar, scale), x_t) * x_t)[None]
     drawn_logits = network(image, state, alpha_bar.to(image), shared.movedim(1, 0), fields.movedim(1, 0))
-    return score(hard(drawn_logits.float()), truth)
+    return score(hard(drawn_logits.float()) * known, truth)
 
 
 def hard(logits: Float[Tensor, "draws batch classes *space"]) -> Float[Tensor, "draws batch classes *space"]:
@@ -107,7 +108,15 @@ def weighted_cross_entropy(
     probabilities p are turned into before it is taken: so the network is not pushed away from p.
     """
     shifted = logits + class_weight.log().reshape(-1, *(1,) * (logits.ndim - 2))
-    return (functional.cross_entropy(shifted, labels, reduction="none") * class_weight[labels]).mean()
+    return cross_entropy(shifted, labels, class_weight)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "batch classes *space"], labels: Labels, class_weight: Float[Tensor, "classes"] | None = None
+) -> Float[Tensor, ""]:
+    """Mean over the voxels whose class is known; 0 where none is."""
+    found = functional.cross_entropy(logits, labels, class_weight, reduction="none", ignore_index=IGNORED)
+    return found.sum() / (labels != IGNORED).sum().clamp_min(1)
 
 
 def class_weights(frequency: Float[Tensor, "classes"]) -> Float[Tensor, "classes"]:
@@ -119,7 +128,7 @@ def class_weights(frequency: Float[Tensor, "classes"]) -> Float[Tensor, "classes
 def unet_loss(network: nn.Module, image: Image, labels: Labels, *, classes: int) -> Float[Tensor, ""]:
     """Soft Dice over the batch and cross-entropy, as strong U-Nets are trained."""
     logits = network(image).float()
-    return functional.cross_entropy(logits, labels) + dice_loss(logits, one_hot(labels, classes))
+    return cross_entropy(logits, labels) + dice_loss(logits, one_hot(labels, classes))
 
 
 def mask_loss(
@@ -145,10 +154,11 @@ def mask_loss(
     x_t = add_noise(x_0, noise, alpha_bar)
     output, condition = network(image, _along(input_scale(alpha_bar, scale), x_t) * x_t, alpha_bar.to(image))
     weight = loss_weight(weighting, prediction, alpha_bar, data_std=scale)
-    loss = _weighted_error(output, target(prediction, x_0, noise, alpha_bar), weight)
+    known = truth.sum(1, keepdim=True)
+    loss = _weighted_error(output * known, target(prediction, x_0, noise, alpha_bar) * known, weight)
     if condition is not None:
         logits = condition.float()
-        of_condition = dice_loss(logits, truth) + CONDITION_CE * functional.cross_entropy(logits, labels)
+        of_condition = dice_loss(logits, truth) + CONDITION_CE * cross_entropy(logits, labels)
         loss = loss + teach_condition * of_condition  # times 0, not left out: DDP wants a gradient for every weight
     return loss
 
@@ -184,9 +194,9 @@ def generation_loss(
 def dice_loss(
     logits: Float[Tensor, "batch classes *space"], truth: Float[Tensor, "batch classes *space"]
 ) -> Float[Tensor, ""]:
-    """1 - soft Dice over the batch, mean over the classes but the background."""
+    """1 - soft Dice over the batch and the voxels whose class is known, mean over the classes but the background."""
     over = [0, *range(2, logits.ndim)]
-    probability = logits.softmax(1)
+    probability = logits.softmax(1) * truth.sum(1, keepdim=True)
     overlap, mass = (probability * truth).sum(over)[1:], (probability + truth).sum(over)[1:]
     return 1 - ((2 * overlap + 1) / (mass + 1)).mean()
 

@@ -10,10 +10,10 @@ from medseg_diff.config import Config, Tracking, flatten, plain
 from medseg_diff.config_file import load_config
 from medseg_diff.console import progress
 from medseg_diff.datasets.layouts import Case
+from medseg_diff.datasets.reading import read_case
 from medseg_diff.errors import UserError
 from medseg_diff.files import replacing
 from medseg_diff.scans.geometry import ras_spacing
-from medseg_diff.scans.read import read_scan
 
 MAY_CHANGE = (
     "train.steps", "train.max_minutes", "train.patience", "train.checkpoint_every",
@@ -29,7 +29,7 @@ def resolve(config: Config, training: Sequence[Case], channels: int) -> Config:
     found = []
     with progress("reading spacings", len(training)) as advance:
         for case in training:
-            found.append(ras_spacing(read_scan(case.image, channels).affine))
+            found.append(ras_spacing(read_case(case, channels).affine))
             advance()
     right, anterior, superior = (round(float(length), 4) for length in np.median(found, axis=0))
     return _with_spacing(config, (right, anterior, superior))

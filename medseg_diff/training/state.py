@@ -115,5 +115,7 @@ def begin(config: Config, channels: int, classes: int, device: torch.device, vol
 
 def class_shares(volumes: Sequence[Volume], classes: int) -> Float[Tensor, "classes"]:
     """The share of the voxels that each class has."""
-    counts = torch.stack([torch.bincount(volume.labels.flatten(), minlength=classes) for volume in volumes]).sum(0)
+    counts = torch.stack(
+        [torch.bincount(volume.labels.flatten(), minlength=classes)[:classes] for volume in volumes]
+    ).sum(0)
     return counts / counts.sum()

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from medseg_diff.config import Config, Diffusion
 from medseg_diff.datasets.cache import Volume
@@ -18,6 +17,7 @@ from medseg_diff.errors import UserError
 from medseg_diff.training.batch import Batch, draw_step
 from medseg_diff.training.objective import (
     VolumeScore,
+    cross_entropy,
     denoiser_loss,
     generation_loss,
     mask_loss,

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from medseg_diff.diffusion.masks import IGNORED
 from medseg_diff.uncertainty.calibration import SMALLEST
 
 TEMPERATURES = np.geomspace(0.25, 4, 33)
@@ -35,8 +36,9 @@ class TemperedLoss:
 
     def add(self, probabilities: Float[Tensor, "classes *space"], reference: Integer[np.ndarray, "*space"]) -> None:
         """Counts a case: probabilities, and the reference's class indices. The log is clipped as in `calibration`."""
-        labels = torch.from_numpy(reference.astype(np.int64)).flatten().split(VOXELS_AT_ONCE)
-        parts = probabilities.flatten(1).split(VOXELS_AT_ONCE, dim=1)
+        known = torch.from_numpy(reference != IGNORED)
+        labels = torch.from_numpy(reference.astype(np.int64))[known].split(VOXELS_AT_ONCE)
+        parts = probabilities[:, known].split(VOXELS_AT_ONCE, dim=1)
         for part, label in zip(parts, labels, strict=True):
             log_p = part.log()
             truth = log_p.gather(0, label[None])[0]
@@ -44,7 +46,7 @@ class TemperedLoss:
                 total = (log_p / temperature).exp_().sum(0)
                 loss = (total.log_() - truth / temperature).clamp_max(-np.log(SMALLEST))
                 self.sums[index] += float(loss.sum(dtype=torch.float64))
-        self.voxels += reference.size
+        self.voxels += int(known.sum())
 
     def best(self) -> tuple[float, float, float]:
         """The temperature with the smallest NLL, the mean NLL at temperature 1, and at that one.
