@@ -126,15 +126,16 @@ class Train(_Section):
     condition_every: Count = 5
     """Of medsegdiff_v2: every so many steps Dice and cross-entropy teach the condition model."""
     augment: bool = True
-    """Rotate, scale, shift, and change the intensities of what is trained on, but in the last quarter of the budget."""
+    """Rotate, scale, shift, and change the intensities of what is trained on, but in the last quarter of the budget;
+    the denoiser of conditional, which is trained last, sees them changed all the time."""
     checkpoint_every: Count = 200
     """Steps between two states to resume from."""
     validations: Count = 4
     """Validations over the budget, evenly spaced, the last one at its end."""
     patience: Count | None = 3
-    """Training ends early when so many validations in a row are no better than the best, which is kept: conditional by
-    the NLL at its temperature, others by Dice. null: never. It does nothing where validations
-    is not larger by 2. The learning rate follows its cosine over the whole budget: what ends early has not annealed."""
+    """Training ends early when so many validations in a row are no better than the best, which is kept: others by Dice,
+    conditional by the NLL at its temperature, and its denoiser is trained all the same. null: never. It does nothing
+    where validations is not larger by 2. What ends early has not annealed: the learning rate follows the budget."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on CUDA and on processors that are fast in it, fp32 elsewhere."""
 
