@@ -126,8 +126,8 @@ class Train(_Section):
     condition_every: Count = 5
     """Of medsegdiff_v2: every so many steps Dice and cross-entropy teach the condition model."""
     augment: bool = True
-    """Rotate, scale, shift, and change the intensities of what is trained on, but in the last quarter of the budget;
-    the denoiser of conditional, which is trained last, sees them changed all the time."""
+    """Rotate, scale, shift, and change the intensities of what is trained on, but in the last quarter of the budget at
+    most; the denoiser of conditional, which is trained last, sees them changed all the time."""
     checkpoint_every: Count = 200
     """Steps between two states to resume from."""
     validations: Count = 4

@@ -19,7 +19,7 @@ from medseg_diff.networks.conditional import SHARED
 from medseg_diff.training.batch import Batch, draw_step, draw_times
 from medseg_diff.training.objective import VolumeScore
 from medseg_diff.training.state import begin
-from medseg_diff.training.step import loss_of, take_step
+from medseg_diff.training.step import is_augmented, loss_of, take_step
 
 CPU = torch.device("cpu")
 
@@ -272,3 +272,24 @@ def test_the_condition_model_is_taught_every_so_many_steps(volumes):
         take_step(state, config, volumes, 3)
         taught.append(any(bool(p.grad.any()) for p in state.network.condition_head.parameters()))
     assert taught == [True, False, False, True, False, False]
+
+
+@pytest.mark.parametrize(("cases", "first"), [(1000, 75), (62, 85), (6, 99)])
+def test_what_comes_last_is_not_augmented(cases, first):
+    """A quarter of 100 steps with two passes of ten crops, or as many as show each case five times."""
+    config = settings("unet", "segment", steps=100, batch_size=10, accumulate=2)
+    state = begin(config, 1, 3, CPU)
+    changed = []
+    for state.step in range(100):
+        changed.append(is_augmented(state, config, cases))
+    assert changed == [step < first for step in range(100)]
+
+
+def test_the_denoiser_sees_augmented_crops_to_the_end():
+    config = settings("conditional", "segment", steps=100)
+    state = begin(config, 1, 3, CPU)
+    state.step = 80
+    assert not is_augmented(state, config, 1000)
+    state.teach_denoiser()
+    state.step = 99
+    assert is_augmented(state, config, 1000)

@@ -33,6 +33,9 @@ AUGMENTED = 0.75
 network that saw nothing else expects errors that it does not make. The denoiser of conditional, which learns what is
 drawn together and not how probable it is, gets augmented ones all the time."""
 
+UNCHANGED = 5
+"""Crops as they are that a network sees of each case at most: after more of them it begins to know them by heart."""
+
 
 def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: int) -> float:
     """One step of the optimizer and its loss; nan where loss or gradient is not finite: such a step changes no weight.
@@ -44,7 +47,7 @@ def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: 
     device, passes = next(state.network.parameters()).device, config.train.accumulate
     spent = state.stage_spent(config)
     set_learning_rate(state.optimizer, config.train.lr, config.train.warmup, spent)
-    augmented = config.train.augment and (spent < AUGMENTED or state.denoising)
+    augmented = config.train.augment and is_augmented(state, config, len(volumes))
     draws = config.diffusion.draws if state.denoising else 0
     batch = draw_step(config, volumes, classes, (config.seed, state.step), device, augmented, draws)
     loss = torch.zeros((), device=device)
@@ -66,6 +69,15 @@ def take_step(state: State, config: Config, volumes: Sequence[Volume], classes: 
     with torch.no_grad():
         torch._foreach_lerp_(list(state.average.parameters()), list(state.network.parameters()), 1 - decay)
     return float(loss)
+
+
+def is_augmented(state: State, config: Config, cases: int) -> bool:
+    """Whether the next step changes its crops of so many cases."""
+    spent = state.stage_spent(config)
+    if state.denoising or spent < AUGMENTED:
+        return True
+    steps_left = (state.step - state.stage_step) * (1 / spent - 1)
+    return steps_left * config.train.batch_size * config.train.accumulate > UNCHANGED * cases
 
 
 def loss_of(
