@@ -91,3 +91,14 @@ def test_other_archives_are_themselves(tmp_path):
         source = Source(path, path)
         with opened(source) as held:
             assert held == [source]
+
+
+def test_a_zip_whose_offsets_lie_is_refused(tmp_path):
+    """Python seeks before the start of the file then, and gets an OSError that is none of the disk's."""
+    path = zipped(tmp_path / "lies.zip", "a.nii")
+    content = bytearray(path.read_bytes())
+    place = content.index(b"PK\5\6") + 16
+    content[place : place + 4] = (int.from_bytes(content[place : place + 4], "little") + 9).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"), opened(Source(path, path)):
+        pass

@@ -415,6 +415,17 @@ def test_names(tmp_path):
     assert scan_name(tmp_path / "series.v2") == "series.v2"
 
 
+@pytest.mark.parametrize("line", [b"[" * 3000, b"kinds: " + b"9" * 3000, b"sizes"])
+def test_a_line_that_would_kill_the_library_is_refused(tmp_path, line):
+    """Found by fuzzing: SimpleITK ends the process with a segmentation fault."""
+    sitk.WriteImage(image(), tmp_path / "a.nrrd")
+    content = (tmp_path / "a.nrrd").read_bytes()
+    bad = write(tmp_path, "bad.nrrd", content.replace(b"endian: little", b"endian: little\n" + line))
+    assert "no field" in refusal(bad)
+    key = write(tmp_path, "key.nrrd", content.replace(b"endian: little", b"endian: little\nkey:=" + 3000 * b"x"))
+    assert read_scan(key).shape == read_scan(tmp_path / "a.nrrd").shape
+
+
 def test_a_real_scan_reads_as_nibabel_reads_it(hippocampus):
     for path in itertools.islice(sorted((hippocampus / "imagesTr").glob("*.nii.gz")), 5):
         scan, oracle = read_scan(path), nib.load(path)
