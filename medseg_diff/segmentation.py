@@ -10,7 +10,7 @@ from jaxtyping import Float, Integer
 
 from medseg_diff.checkpoint import Model
 from medseg_diff.config import MASK_DENOISERS, SAMPLING
-from medseg_diff.datasets.pipeline import prepare, preprocessing, restore
+from medseg_diff.datasets.pipeline import SLAB_VOXELS, prepare, preprocessing, restore
 from medseg_diff.ensemble import LabelReport, Tally, label_reports
 from medseg_diff.inference import Prediction, predict
 from medseg_diff.scans.read import Scan
@@ -36,7 +36,7 @@ def needed_bytes(model: Model, scan: Scan, samples: int) -> int:
     """The memory that `segment_scan` and writing its results will claim at most, beside the scan that is there.
 
     Three times are the worst: when the scan is smoothed and resampled, when windows are fused, when the last class is
-    brought back and compared. benchmarks/memory.py measures what this promises.
+    brought back and compared. benchmarks/memory.py measures what is taken.
     """
     config = model.about.config
     assert config.data.spacing_mm is not None, "training fills in the spacing"
@@ -45,7 +45,9 @@ def needed_bytes(model: Model, scan: Scan, samples: int) -> int:
     network = 4 * (channels + len(model.about.labels)) * grid
     masks = samples * grid if config.network.kind in MASK_DENOISERS and config.segment.fuse == "staple" else 0
     preparing = 12 * channels * voxels + 32 * grid
-    return int(WORKING_BYTES + max(preparing, network + 4 * grid + masks, network + 8 * grid + 17 * voxels))
+    predicting = network + 4 * grid + masks + WORKING_BYTES
+    comparing = network + 8 * grid + 17 * voxels + 100 * SLAB_VOXELS
+    return int(max(preparing, predicting, comparing))
 
 
 def segment_scan(
