@@ -75,6 +75,11 @@ def test_a_folder_that_cannot_be_read_is_one_refusal(tmp_path):
     assert results(tmp_path) == ["open/ct", "shut"]
 
 
+def test_our_own_results_beside_a_scan_are_no_scans(tmp_path):
+    make(tmp_path, "a.nrrd", "a_seg.nrrd", "a.seg.nrrd", "a_label_7_core.nrrd", "a_prob.nii.gz", "b_seg.nii.gz")
+    assert results(tmp_path) == ["a", "b_seg"]
+
+
 def test_an_archive_of_volumes_holds_several_scans(tmp_path):
     archive = zipped(tmp_path / "clinic.zip", "p1/ct.nii.gz", "p2/ct.nii.gz", "readme.txt")
     (source,) = find_scans([archive])
