@@ -3,7 +3,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format
+.PHONY: help setup demo test lint format fuzz
+MINUTES ?= 10
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST))
@@ -15,6 +16,9 @@ demo: setup ## segment a real scan; then train, segment, evaluate and generate o
 
 test: lint ## lint, then every test
 	$(BIN)/pytest
+
+fuzz: setup ## read damaged files of every kind for MINUTES=10; what is found is kept in fuzz-findings/
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz.run --minutes $(MINUTES)
 
 lint: setup ## style, layers and types
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ from medseg_diff.datasets.layouts import Case, Dataset, read_dataset, split
 from medseg_diff.datasets.pipeline import preprocessing
 from medseg_diff.inference import predict
 from medseg_diff.scans.read import read_scan
-from medseg_diff.segment import segment_scan
+from medseg_diff.segmentation import segment_scan
 from medseg_diff.training.state import begin
 from medseg_diff.training.step import take_step
 

@@ -31,7 +31,7 @@ from medseg_diff.metrics import LabelScore, score_masks
 from medseg_diff.scans.preview import PLANES, View, choose_view, contours, window
 from medseg_diff.scans.read import read_label_map, read_scan
 from medseg_diff.scans.write import label_colors
-from medseg_diff.segment import sample_frames, segment_scan
+from medseg_diff.segmentation import sample_frames, segment_scan
 
 ROOT = Path(__file__).resolve().parents[1]
 WORST, DRAWN = 10, 8

@@ -15,7 +15,7 @@ from medseg_diff.ensemble import LabelReport
 from medseg_diff.errors import UserError
 from medseg_diff.scans.memory import scan_of, to_nibabel
 from medseg_diff.scans.read import Scan
-from medseg_diff.segment import Segmentation, drawn, probability_frames, sample_frames, segment_scan
+from medseg_diff.segmentation import Segmentation, drawn, probability_frames, sample_frames, segment_scan
 
 
 @dataclass(frozen=True)

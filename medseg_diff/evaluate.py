@@ -25,7 +25,7 @@ from medseg_diff.metrics import LabelScore, label_keys, score_masks, summarize, 
 from medseg_diff.scans.geometry import check_same_grid, spacing_of
 from medseg_diff.scans.preview import draw_preview
 from medseg_diff.scans.read import Scan, read_label_map
-from medseg_diff.segment import Segmentation, probability_frames, segment_scan
+from medseg_diff.segmentation import Segmentation, probability_frames, segment_scan
 from medseg_diff.tracking import start_run
 from medseg_diff.uncertainty.exact import exact_measures
 from medseg_diff.uncertainty.fitting import Fitting

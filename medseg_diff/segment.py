@@ -6,24 +6,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Integer
 
 from medseg_diff import __version__
 from medseg_diff.calibrated import NOMINAL, told
 from medseg_diff.checkpoint import Model
 from medseg_diff.config import MASK_DENOISERS, SAMPLING
 from medseg_diff.console import progress, say, whole
-from medseg_diff.datasets.pipeline import prepare, preprocessing, restore
 from medseg_diff.denoising import method_of
-from medseg_diff.ensemble import LabelReport, Tally, label_reports, nominal_level
+from medseg_diff.ensemble import nominal_level
 from medseg_diff.errors import UserError
-from medseg_diff.inference import Prediction, predict
+from medseg_diff.machine import free_memory_bytes
 from medseg_diff.reports import ENDING, earlier_report, write_table
 from medseg_diff.scans.dicom_seg import write_dicom_seg
 from medseg_diff.scans.find import Source, find_scans, opened
@@ -31,8 +28,8 @@ from medseg_diff.scans.preview import draw_preview
 from medseg_diff.scans.read import Scan, read_scan
 from medseg_diff.scans.rtstruct import write_rtstruct
 from medseg_diff.scans.statistics import label_statistics
-from medseg_diff.scans.write import NIFTI, label_dtype, mask_suffix, write_label_map, write_nifti, write_seg_nrrd
-from medseg_diff.uncertainty.calibration import expected_dice
+from medseg_diff.scans.write import NIFTI, mask_suffix, write_label_map, write_nifti, write_seg_nrrd
+from medseg_diff.segmentation import Segmentation, drawn, needed_bytes, probability_frames, sample_frames, segment_scan
 
 FILES = {
     "seg": "_seg.nii.gz", "labels": "_label.nii.gz", "prob": "_prob.nii.gz", "uncertainty": "_uncertainty.nii.gz",
@@ -41,88 +38,11 @@ FILES = {
 }  # fmt: skip
 """What `--save` may ask for, and what follows the scan's name in the file's; masks end as their scan does."""
 
+TOLD_BYTES = 2_000_000_000
+"""Scans that need more memory than this are announced with it."""
+
 DICOM_ITEMS = ("dicom-seg", "rtstruct")
 DEFAULT_ITEMS = ("seg", "uncertainty", "preview", "report")
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """A label map with the data set's own values, on the scan's grid, and all that is known about it."""
-
-    label_map: Integer[np.ndarray, "x y z"]
-    uncertainty: Float[np.ndarray, "x y z"]
-    labels: tuple[LabelReport, ...]
-    prediction: Prediction
-    affine: Float[torch.Tensor, "4 4"]
-
-
-def segment_scan(
-    model: Model,
-    scan: Scan,
-    *,
-    samples: int,
-    steps: int,
-    seed: int,
-    keep: Path | None = None,
-    progress: Callable[[float], object] = lambda share: None,
-) -> Segmentation:
-    """The most probable label of every voxel, and 1 - its probability as the uncertainty.
-
-    A model that was calibrated gives its probabilities at its temperature, and stretched intervals. On the network's
-    grid no mask changes by it; where a scan lies on another, interpolation moves a border voxel here and there.
-    `keep` is a folder for the sampled masks; without it they are counted and forgotten. `progress` as of `predict`.
-    """
-    prepared = prepare(scan, preprocessing(model.about.config.data))
-    image, affine = prepared.as_tensor(), prepared.affine
-    values, grid = list(model.about.labels), tuple(image.shape[1:])
-    kept = None if keep is None else np.memmap(keep / "samples", np.uint8, "w+", shape=(samples, *grid))
-    if (scan.array == scan.array[:, :1, :1, :1]).all():
-        prediction = _nothing(len(values), samples, grid, kept)
-    else:
-        prediction = predict(model, image, samples=samples, steps=steps, seed=seed, keep=kept, progress=progress)
-    fitted = model.about.calibration
-    factors = {} if fitted is None else fitted.factors(samples, steps)
-    best, label_map = np.full(scan.shape, -1, np.float32), np.zeros(scan.shape, label_dtype(values))
-    expected = {}
-    for value, frame in zip(values, probability_frames(prediction, affine, scan), strict=True):
-        if value:
-            expected[value] = expected_dice(frame)
-        better = frame > best
-        label_map[better] = value
-        np.maximum(best, frame, out=best)
-    grid_voxel_ml = float(torch.linalg.det(affine[:3, :3].double()).abs()) / 1000
-    labels = label_reports(
-        model.about.labels, label_map, scan.voxel_ml, prediction.tally, grid_voxel_ml, expected, factors
-    )
-    return Segmentation(label_map, np.clip(1 - best, 0, 1), labels, prediction, affine)
-
-
-def probability_frames(
-    prediction: Prediction, affine: torch.Tensor, scan: Scan
-) -> Iterator[Float[np.ndarray, "x y z"]]:
-    """The probability of each class on the scan's grid, one class at a time."""
-    return (restore(volume, affine, scan) for volume in prediction.probabilities)
-
-
-def sample_frames(
-    segmentation: Segmentation, values: Sequence[int], scan: Scan
-) -> Iterator[Integer[np.ndarray, "x y z"]]:
-    """Each sampled mask on the scan's grid: class by class, thresholded last."""
-    assert segmentation.prediction.samples is not None
-    for mask in segmentation.prediction.samples:
-        best, label_map = np.zeros(scan.shape, np.float32), np.full(scan.shape, values[0], label_dtype(values))
-        for index, value in enumerate(values):
-            frame = restore(torch.from_numpy(mask == index).float(), segmentation.affine, scan)
-            label_map[frame > best] = value
-            np.maximum(best, frame, out=best)
-        yield label_map
-
-
-def drawn(model: Model, samples: int | None, steps: int | None) -> tuple[int, int]:
-    """How many samples in how many steps, by default as the model says; a deterministic one draws none."""
-    settings = model.about.config.segment
-    drawing = model.about.config.network.kind in SAMPLING
-    return (samples or settings.samples) if drawing else 0, steps or settings.steps
 
 
 def segment_files(
@@ -226,6 +146,7 @@ def _segment_file(
     if bound and scan.kind != "dicom":
         what = f"it is no DICOM series, and {' and '.join(bound)} would belong to one"
         raise UserError(scan.path, what, f"Leave {','.join(bound)} out of --save.")
+    _check_memory(source, model, scan, samples)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".segment-") as folder:
         aside = Path(folder)
@@ -257,6 +178,18 @@ def _segment_file(
         for name in files:
             (aside / name).replace(out / name)
     return report
+
+
+def _check_memory(source: Source, model: Model, scan: Scan, samples: int) -> None:
+    needed, free = needed_bytes(model, scan, samples), free_memory_bytes()
+    what = f"it needs up to {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+    if needed > free:
+        advice = "Crop it, or use a larger machine."
+        if needed_bytes(model, scan, 2) <= free:
+            advice = "Draw fewer --samples, or use another --fuse than staple."
+        raise UserError(source.path, what, advice)
+    if needed > TOLD_BYTES:
+        say(f"{source.shown}: {what}")
 
 
 def _files(item: str, scan: Scan, names: dict[int, str]) -> list[tuple[str, int]]:
@@ -314,11 +247,3 @@ def _check_items(items: Sequence[str], model: Model) -> None:
         raise UserError(f"--save {','.join(items)}", what, f"Choose from {','.join(FILES)}.")
     if "samples" in items and model.about.config.network.kind not in SAMPLING:
         raise UserError("--save samples", "this model is deterministic, it draws no samples", "Leave samples out.")
-
-
-def _nothing(classes: int, samples: int, grid: tuple[int, ...], kept: np.ndarray | None) -> Prediction:
-    """The answer for a scan without contrast: background, and no opinion from a network that saw nothing."""
-    probabilities = torch.zeros(classes, *grid)
-    probabilities[0] = 1
-    tally = Tally.empty(samples, classes) if samples else None
-    return Prediction(probabilities, tally, kept)

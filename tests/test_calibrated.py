@@ -18,7 +18,8 @@ from medseg_diff.datasets.pipeline import preprocessing
 from medseg_diff.denoising import resampled
 from medseg_diff.evaluate import evaluate_model
 from medseg_diff.scans.read import read_scan
-from medseg_diff.segment import segment_files, segment_scan
+from medseg_diff.segment import segment_files
+from medseg_diff.segmentation import segment_scan
 from medseg_diff.training.validation import at_own_temperature
 from medseg_diff.uncertainty.fitting import Fitting
 

@@ -178,6 +178,12 @@ def test_a_scan_that_had_to_be_mended_is_a_warning(tmp_path):
     assert "NaN" in only(problems_of(tmp_path / "nan.nii.gz"), "warning")
 
 
+def test_a_warning_of_many_files_stands_once(tmp_path):
+    for i in range(3):
+        nib.save(nib.Nifti1Image(np.full((4, 4, 4), 7, np.int16), np.eye(4)), tmp_path / f"{i}.nii.gz")
+    assert "there is nothing to segment (and 2 more files)" in only(problems_of(tmp_path), "warning")
+
+
 def test_a_dicom_series(dicom):
     series = next(folder for folder in sorted(dicom.iterdir()) if folder.is_dir())
     assert [problem for problem in problems_of(series) if problem.level == "error"] == []

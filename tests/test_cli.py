@@ -116,18 +116,21 @@ def test_a_run_name_cannot_leave_the_folder_of_runs(name, call):
 
 def test_phantom_and_check_agree_that_all_is_well(call):
     assert call("phantom", "set", "--cases", 2)[0] == 0
-    code, out, _ = call("check", "set")
+    code, out, _ = call("check", "set", "--write-config", "set.yaml")
     assert code == 0
     assert "0 errors" in out
+    assert "medseg-diff train --config set.yaml" in out
+    assert "spatial_dims: 3" in Path("set.yaml").read_text()
 
 
 def test_check_names_every_problem_and_fails(call):
     call("phantom", "set", "--cases", 2)
     for path in Path("set/labelsTr").iterdir():
         path.write_bytes(path.read_bytes()[:40])
-    code, out, _ = call("check", "set")
+    code, out, err = call("check", "set", "--write-config", "set.yaml")
     assert code == 2
     assert out.count("error: ") >= 2
+    assert "set.yaml: it is not written" in err
 
 
 def test_evaluate_needs_two_sides(call):

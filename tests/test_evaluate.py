@@ -138,6 +138,18 @@ def cases(tmp_path, model) -> tuple[Case, ...]:
     return tuple(found)
 
 
+def test_what_is_to_be_ignored_counts_nowhere(model, cases, tmp_path):
+    """A reference that is wrong in one half, and says of it that it is not known, is as good as a right one."""
+    label = nib.load(cases[1].labels[0])
+    values = np.asarray(label.dataobj).copy()
+    values[:8] = 9
+    hidden = replace(cases[1], labels=(save(tmp_path / "hidden.nii.gz", values, np.eye(4)),), ignore=9)
+    mean = evaluate_model(model, [hidden], samples=4, seed=1)["mean"]
+    assert (mean["dice/core"], mean["dice/shell"]) == (1, 1)
+    assert "coverage90/shell" not in mean, "the volume is not known"
+    assert mean["nll"] < evaluate_model(model, [replace(hidden, ignore=None)], samples=4, seed=1)["mean"]["nll"]
+
+
 def test_every_rater_counts(model, cases):
     summary = evaluate_model(model, cases, samples=4, seed=0)
     assert [case["name"] for case in summary["cases"]] == ["a rater 0", "a rater 1", "b"]

@@ -75,6 +75,11 @@ def test_a_folder_that_cannot_be_read_is_one_refusal(tmp_path):
     assert results(tmp_path) == ["open/ct", "shut"]
 
 
+def test_our_own_results_beside_a_scan_are_no_scans(tmp_path):
+    make(tmp_path, "a.nrrd", "a_seg.nrrd", "a.seg.nrrd", "a_label_7_core.nrrd", "a_prob.nii.gz", "b_seg.nii.gz")
+    assert results(tmp_path) == ["a", "b_seg"]
+
+
 def test_an_archive_of_volumes_holds_several_scans(tmp_path):
     archive = zipped(tmp_path / "clinic.zip", "p1/ct.nii.gz", "p2/ct.nii.gz", "readme.txt")
     (source,) = find_scans([archive])
@@ -91,3 +96,14 @@ def test_other_archives_are_themselves(tmp_path):
         source = Source(path, path)
         with opened(source) as held:
             assert held == [source]
+
+
+def test_a_zip_whose_offsets_lie_is_refused(tmp_path):
+    """Python seeks before the start of the file then, and gets an OSError that is none of the disk's."""
+    path = zipped(tmp_path / "lies.zip", "a.nii")
+    content = bytearray(path.read_bytes())
+    place = content.index(b"PK\5\6") + 16
+    content[place : place + 4] = (int.from_bytes(content[place : place + 4], "little") + 9).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"), opened(Source(path, path)):
+        pass

@@ -5,47 +5,25 @@ import struct
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
+from bad_inputs.nifti import AFFINE as OBLIQUE
+from bad_inputs.nifti import nifti as nifti_bytes
 from PIL import Image
 
 from medseg_diff.errors import UserError
 from medseg_diff.scans.read import read_label_map, read_scan, scan_name
 
 RAMP = np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6)
-OBLIQUE = nib.affines.from_matvec(
-    nib.eulerangles.euler2mat(0.3, -0.2, 0.5) @ np.diag([0.7, 1.1, 2.5]), [-31.0, 12.5, 7.0]
-)
 
 
-def nifti(values=RAMP, affine=OBLIQUE, version=1, order="<", tail=b"", extension=b"", **fields) -> bytes:
-    """The bytes of a NIfTI file with any header field set to anything."""
-    header = (nib.Nifti1Header if version == 1 else nib.Nifti2Header)(endianness=order)
-    header.set_data_dtype(values.dtype.newbyteorder(order))
-    header.set_data_shape(values.shape)
-    header.set_sform(affine, 1)
-    header.set_qform(affine, 1)
-    header.set_xyzt_units("mm")
-    header["vox_offset"] = header["sizeof_hdr"] + 4 + len(extension)
-    header["scl_slope"], header["scl_inter"] = 1, 0
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            for index, number in value.items():
-                header[name][index] = number
-        else:
-            header[name] = value
-    voxels = values.astype(values.dtype.newbyteorder(order)).tobytes(order="F")
-    return (
-        header.binaryblock
-        + (extension[:4] or bytes(4))
-        + (extension[4:] + bytes(4) if extension else b"")
-        + voxels
-        + tail
-    )
+def nifti(values: np.ndarray = RAMP, **fields: Any) -> bytes:
+    return nifti_bytes(values, **fields)
 
 
 def write(folder: Path, name: str, content: bytes) -> Path:
@@ -68,11 +46,6 @@ def refusal(path: Path, channels: int = 1) -> str:
     return caught.value.what
 
 
-def only_warning(path: Path) -> str:
-    (warning,) = read_scan(path).warnings
-    return warning
-
-
 def test_a_scan_is_what_nibabel_reads(tmp_path):
     path = tmp_path / "knee.nii.gz"
     nib.save(nib.Nifti1Image(RAMP.astype(np.int16), OBLIQUE), path)
@@ -88,32 +61,10 @@ def test_a_scan_is_what_nibabel_reads(tmp_path):
     assert scan.warnings == ()
 
 
-@pytest.mark.parametrize("content", [nifti(), nifti(order=">"), nifti(version=2), nifti(version=2, order=">")])
-@pytest.mark.parametrize("packed", [bytes, gzip.compress])
-def test_versions_byte_orders_and_gzip_members_read_the_same(tmp_path, content, packed):
-    suffix = "nii" if packed is bytes else "nii.gz"
-    scan = read_scan(write(tmp_path, f"a.{suffix}", packed(content)))
-    np.testing.assert_array_equal(scan.array[0], RAMP)
-    np.testing.assert_allclose(scan.affine, OBLIQUE, atol=1e-5)
-    assert scan.warnings == ()
-
-
-def test_concatenated_gzip_members_read_as_one(tmp_path):
-    content = nifti()
-    scan = read_scan(write(tmp_path, "a.nii.gz", gzip.compress(content[:500]) + gzip.compress(content[500:])))
-    np.testing.assert_array_equal(scan.array[0], RAMP)
-    assert scan.warnings == ()
-
-
 @pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
 def test_every_number_type_gives_the_same_values(tmp_path, dtype):
     scan = read_scan(write(tmp_path, "a.nii", nifti(RAMP.astype(dtype))))
     np.testing.assert_array_equal(scan.array[0], RAMP)
-
-
-def test_scaling_is_applied(tmp_path):
-    path = write(tmp_path, "a.nii", nifti(RAMP.astype(np.int16), scl_slope=-0.5, scl_inter=10))
-    np.testing.assert_array_equal(read_scan(path).array[0], 10 - 0.5 * RAMP)
 
 
 def test_zero_slope_means_unscaled(tmp_path):
@@ -121,101 +72,27 @@ def test_zero_slope_means_unscaled(tmp_path):
     np.testing.assert_array_equal(scan.array[0], RAMP)
 
 
-SHEAR = np.eye(4) + 0.2 * np.eye(4, k=1) * [0, 1, 0, 0]
 GOOD = gzip.compress(nifti(), mtime=0)
-CLAIM = {"dim": {1: 32767, 2: 32767, 3: 32767}}
 
 
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("empty.nii.gz", b"", "empty"),
         ("empty.nii", b"", "empty"),
-        ("text.nii.gz", b"not a scan", "not a NIfTI"),
         ("text.nii", b"not a scan " * 100, "not a NIfTI"),
-        ("half.nii.gz", GOOD[: len(GOOD) // 2], "too early"),
-        ("cut_in_checksum.nii.gz", GOOD[:-4], "too early"),
         ("cut.nii", nifti()[:-1], "ends after 479 of the 480 bytes"),
-        ("flipped.nii.gz", GOOD[:60] + bytes([GOOD[60] ^ 16]) + GOOD[61:], "damaged"),
-        ("wrong_crc.nii.gz", GOOD[:-8] + bytes(4) + GOOD[-4:], "damaged"),
-        ("wrong_size.nii.gz", GOOD[:-4] + struct.pack("<I", 99), "damaged"),
-        ("twice.nii.gz", gzip.compress(GOOD), "compressed twice"),
-        ("short.nii.gz", gzip.compress(nifti()[:-100]), "ends after 380 of the 480 bytes"),
-        ("claims.nii.gz", gzip.compress(nifti(**CLAIM)), "more than the 1073741824"),
-        ("claims_just_legal.nii.gz", gzip.compress(nifti(dim={1: 1024, 2: 1024, 3: 1024})), "ends after 480 of"),
         ("bomb.nii.gz", gzip.compress(nifti() + bytes(1 << 26), 1), "far more data"),
-        ("magic.nii", nifti(magic=b"n+3"), "not a NIfTI"),
-        ("pair.nii", nifti(magic=b"ni1"), "pair"),
-        ("sizeof_hdr.nii", nifti(sizeof_hdr=0), "not a NIfTI"),
-        ("far.nii", nifti(vox_offset=1e9), "start at byte 1e+09"),
-        ("negative.nii", nifti(vox_offset=-16), "start at byte -16"),
-        ("nan.nii", nifti(vox_offset=np.nan), "start at byte nan"),
-        ("dim0.nii", nifti(dim={0: 0}), "dimensions are impossible"),
-        ("dim9.nii", nifti(dim={0: 9}), "dimensions are impossible"),
-        ("no_rows.nii", nifti(dim={1: 0}), "dimensions are impossible"),
-        ("minus.nii", nifti(dim={2: -5}), "dimensions are impossible"),
-        ("datatype.nii", nifti(datatype=9999), "unknown (datatype 9999)"),
-        ("bitpix.nii", nifti(bitpix=8), "8 bits a voxel"),
-        ("complex.nii", nifti(RAMP.astype(np.complex64)), "complex"),
-        ("rgb.nii", nifti(datatype=128, bitpix=24), "RGB"),
-        ("extension.nii", nifti(extension=b"\1\0\0\0" + struct.pack("<iI", 2**31 - 16, 6)), "extension of 2147483632"),
-        ("nan_spacing.nii", nifti(pixdim={2: np.nan}), "voxel size"),
-        ("zero_spacing.nii", nifti(pixdim={3: 0}), "voxel size"),
         ("flat.nii", nifti(srow_y=[0, 0, 0, 0], srow_z=[0, 1, 2, 0]), "singular"),
-        ("singular.nii", nifti(srow_x=[1, 1, 0, 0], srow_y=[1, 1, 0, 0], srow_z=[0, 0, 1, 0]), "singular"),
-        ("nan_affine.nii", nifti(srow_x=[np.nan, 0, 0, 0]), "NaN"),
         ("quaternion.nii", nifti(quatern_b=2.0), "quaternion"),
-        ("fine.nii", nifti(affine=np.diag([0.01, 1, 1, 1])), "0.01 x 1 x 1 mm"),
-        ("coarse.nii", nifti(affine=np.diag([1, 100, 1, 1])), "1 x 100 x 1 mm"),
         ("wrong_metres.nii", nifti(affine=np.eye(4), xyzt_units=1), "1000 x 1000 x 1000 mm"),
-        ("three.nii", nifti(np.stack([RAMP] * 3, -1)), "3 volumes where 1 is read"),
-        ("all_nan.nii", nifti(RAMP * np.nan), "every voxel is NaN"),
     ],
 )
 def test_refused(tmp_path, name, content, what):
     assert what in refusal(write(tmp_path, name, content))
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "warning"),
-    [
-        ("junk.nii.gz", GOOD + b"junk", "junk after"),
-        ("not_gzip.nii.gz", nifti(), "not compressed"),
-        ("gzip.nii", GOOD, "compressed, whatever its name"),
-        ("longer.nii", nifti(tail=bytes(7)), "7 bytes after the voxels"),
-        ("negative.nii", nifti(pixdim={1: -0.7}), "negative voxel sizes"),
-        ("disagree.nii", nifti(qoffset_x=5), "sform and qform disagree"),
-        ("codes.nii", nifti(sform_code=0, qform_code=0), "qform_code are 0"),
-        ("sheared.nii", nifti(affine=OBLIQUE @ SHEAR, qform_code=0), "sheared"),
-        ("slope.nii", nifti(scl_slope=np.inf), "unscaled"),
-        ("zero.nii", nifti(RAMP * 0), "same value, 0"),
-        ("constant.nii", nifti(RAMP * 0 + 5), "same value, 5"),
-    ],
-)
-def test_read_with_a_warning(tmp_path, name, content, warning):
-    assert warning in only_warning(write(tmp_path, name, content))
-
-
 def test_zero_padding_after_gzip_is_no_junk(tmp_path):
     assert read_scan(write(tmp_path, "a.nii.gz", GOOD + bytes(512))).warnings == ()
-
-
-def test_negative_voxel_size_keeps_the_orientation(tmp_path):
-    scan = read_scan(write(tmp_path, "a.nii", nifti(pixdim={1: -0.7}, sform_code=0)))
-    np.testing.assert_allclose(scan.affine, OBLIQUE, atol=1e-5)
-
-
-def test_the_sform_is_the_one_used(tmp_path):
-    scan = read_scan(write(tmp_path, "a.nii", nifti(qoffset_x=5)))
-    np.testing.assert_allclose(scan.affine, OBLIQUE, atol=1e-5)
-
-
-@pytest.mark.parametrize(("unit", "factor"), [(1, 1e-3), (3, 1e3)])
-def test_metres_and_micrometres_become_mm(tmp_path, unit, factor):
-    path = write(tmp_path, "a.nii", nifti(affine=np.diag([factor, factor, factor, 1]) @ OBLIQUE, xyzt_units=unit))
-    scan = read_scan(path)
-    np.testing.assert_allclose(scan.affine, OBLIQUE, rtol=1e-5, atol=1e-4)
-    assert "metre" in scan.warnings[0]
 
 
 def test_nan_and_infinity_become_the_nearest_finite_value(tmp_path):
@@ -413,6 +290,17 @@ def test_names(tmp_path):
         "s",
     ]
     assert scan_name(tmp_path / "series.v2") == "series.v2"
+
+
+@pytest.mark.parametrize("line", [b"[" * 3000, b"kinds: " + b"9" * 3000, b"sizes"])
+def test_a_line_that_would_kill_the_library_is_refused(tmp_path, line):
+    """Found by fuzzing: SimpleITK ends the process with a segmentation fault."""
+    sitk.WriteImage(image(), tmp_path / "a.nrrd")
+    content = (tmp_path / "a.nrrd").read_bytes()
+    bad = write(tmp_path, "bad.nrrd", content.replace(b"endian: little", b"endian: little\n" + line))
+    assert "no field" in refusal(bad)
+    key = write(tmp_path, "key.nrrd", content.replace(b"endian: little", b"endian: little\nkey:=" + 3000 * b"x"))
+    assert read_scan(key).shape == read_scan(tmp_path / "a.nrrd").shape
 
 
 def test_a_real_scan_reads_as_nibabel_reads_it(hippocampus):

@@ -15,10 +15,12 @@ from scipy.ndimage import gaussian_filter
 
 from medseg_diff import inference, segment
 from medseg_diff.checkpoint import Model, load_model
+from medseg_diff.denoising import resampled
 from medseg_diff.ensemble import interval90
 from medseg_diff.errors import UserError
 from medseg_diff.scans.read import read_scan
-from medseg_diff.segment import FILES, segment_files, segment_scan
+from medseg_diff.segment import FILES, segment_files
+from medseg_diff.segmentation import needed_bytes, segment_scan
 
 CPU = torch.device("cpu")
 OBLIQUE = nib.affines.from_matvec(
@@ -225,7 +227,7 @@ def test_unknown_items_are_refused_before_anything_is_read(model, tmp_path, item
 
 
 def test_items_of_dicom_need_a_series(model, scan, tmp_path, monkeypatch):
-    monkeypatch.setattr(segment, "predict", lambda *_, **__: pytest.fail("it was computed first"))
+    monkeypatch.setattr(segment, "segment_scan", lambda *_, **__: pytest.fail("it was computed first"))
     for item in ("dicom-seg", "rtstruct"):
         _, [error] = segment_files([scan], model["volumes"], tmp_path / "out", items=["seg", item])
         assert item in str(error)
@@ -318,3 +320,23 @@ def test_many_scans_are_one_table_and_what_is_done_stays(model, scan, tmp_path, 
         assert (len(again), refused, len(computed)) == (1, [], count), change
     with pytest.raises(UserError, match="report"):
         segment_files([given], model["volumes"], out, items=["seg"], skip_existing=True)
+
+
+def test_memory_is_told_and_refused_before_the_start(model, scan, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(segment, "TOLD_BYTES", 0)
+    needed = needed_bytes(model["volumes"], read_scan(scan), 2)
+    for free, refusals in ((needed, 0), (needed - 1, 1)):
+        monkeypatch.setattr(segment, "free_memory_bytes", lambda free=free: float(free))
+        _, refused = segment_files([scan], model["volumes"], tmp_path / f"{free}", samples=2, items=["seg"])
+        assert len(refused) == refusals
+        assert "it needs up to 1.0 GB of memory, and 1.0 GB are free" in capsys.readouterr().err
+    assert names(tmp_path / f"{needed - 1}") == []
+
+
+def test_memory_that_samples_take_is_saved_by_fewer(models, scan, tmp_path, monkeypatch):
+    """STAPLE judges all samples at once."""
+    model = resampled(load_model(models["v2"], CPU), fuse="staple")
+    free = needed_bytes(model, read_scan(scan), 1000) - 1
+    monkeypatch.setattr(segment, "free_memory_bytes", lambda: float(free))
+    _, [error] = segment_files([scan], model, tmp_path, samples=1000, items=["seg"])
+    assert "--samples" in error.advice

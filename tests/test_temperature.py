@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
+from medseg_diff.diffusion.masks import IGNORED
 from medseg_diff.uncertainty import temperature
 from medseg_diff.uncertainty.calibration import Calibration
 from medseg_diff.uncertainty.temperature import TemperedLoss, tempered
@@ -76,3 +77,13 @@ def test_a_network_that_is_always_right_goes_to_the_sharp_end():
 def test_nothing_counted_is_said():
     with pytest.raises(ValueError, match="add a case"):
         TemperedLoss().best()
+
+
+def test_what_is_to_be_ignored_is_not_counted():
+    p = torch.rand(2, 20, 6, generator=torch.Generator().manual_seed(0)).softmax(0)
+    reference = np.random.default_rng(1).integers(0, 2, (20, 6)).astype(np.uint8)
+    whole, half = TemperedLoss(), TemperedLoss()
+    whole.add(p, np.where(np.arange(20)[:, None] < 10, reference, np.uint8(IGNORED)))
+    half.add(p[:, :10], reference[:10])
+    assert whole.voxels == half.voxels == 60
+    np.testing.assert_allclose(whole.sums, half.sums)

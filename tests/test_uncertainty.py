@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 
+from medseg_diff.diffusion.masks import IGNORED
 from medseg_diff.uncertainty import calibration, diversity
 from medseg_diff.uncertainty.calibration import Calibration, border_band, expected_dice, rank_correlation
 from medseg_diff.uncertainty.diversity import sample_measures
@@ -136,6 +137,17 @@ def test_three_classes_in_parts(monkeypatch):
     assert measures.aurc == pytest.approx(risk.mean(), abs=1e-3)
     assert measures.brier == pytest.approx(((p - np.eye(3)[labels]) ** 2).sum(-1).mean(), rel=1e-4)
     assert measures.confident_errors == pytest.approx((u[wrong] <= 0.01).mean(), abs=1e-3)
+
+
+def test_what_is_to_be_ignored_is_not_counted():
+    p = np.random.default_rng(0).dirichlet((1, 1), (6, 20)).T.astype(np.float32).reshape(2, 20, 6)
+    reference = np.random.default_rng(1).integers(0, 2, (20, 6)).astype(np.uint8)
+    whole, half = Calibration(), Calibration()
+    whole.add(p, np.where(np.arange(20)[:, None] < 10, reference, IGNORED))
+    half.add(p[:, :10], reference[:10])
+    found, wanted = whole.measures(), half.measures()
+    for name in ("nll", "brier", "ece", "confident_errors", "error_auroc", "aurc"):
+        assert getattr(found, name) == pytest.approx(getattr(wanted, name), nan_ok=True)
 
 
 def test_the_band_is_three_voxels_on_each_side():

@@ -170,7 +170,7 @@ def _gathered(problems: Sequence[Problem]) -> list[Problem]:
         same[problem.level, problem.what, key].append(problem)
     found = []
     for first, *others in same.values():
-        counted = f"{first.what} (and so are {len(others)} more)" if others else first.what
+        counted = f"{first.what} (and {len(others)} more files)" if others else first.what
         found.append(replace(first, what=counted))
     return sorted(found, key=lambda problem: problem.level)
 

@@ -1,5 +1,7 @@
 """Zip archives of DICOM series, unpacked only where that can do no harm."""
 
+import errno
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -11,6 +13,7 @@ from medseg_diff.errors import UserError
 from medseg_diff.scans.geometry import VOXEL_LIMIT
 
 UNZIPPED_LIMIT = 4 * VOXEL_LIMIT
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, struct.error)
 HARMLESS, LARGEST_RATIO = 1 << 28, 100  # bytes; beyond them a scan is not compressed so much, and a bomb is
 
 
@@ -25,7 +28,9 @@ def unpacked(path: Path) -> Iterator[Path]:
             with zipfile.ZipFile(path) as archive:
                 _check_members(path, archive.infolist())
                 archive.extractall(folder)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        except (*DAMAGED, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that comes of offsets before the start
+                raise
             raise UserError(path, "the zip is damaged or of an unusual kind", "Zip the series again.") from error
         yield Path(folder)
 

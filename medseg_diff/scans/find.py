@@ -1,5 +1,6 @@
 """The scans that a path stands for: a file, a DICOM series, a folder of these at any depth, an archive."""
 
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from medseg_diff.scans.archive import unpacked
 from medseg_diff.scans.frames import is_dicom
 from medseg_diff.scans.read import KINDS, scan_name, suffix_of
 
-RESULTS = ("_seg", "_prob", "_uncertainty", "_samples", "_preview")
+RESULT = re.compile(r"(.+?)(_seg|\.seg|_label_\d+_\w*|_prob|_uncertainty|_samples|_preview)")
 """How our own files end, which may lie beside their scan."""
 
 
@@ -80,11 +81,12 @@ def _below(source: Source, inside: Path, apart: Path | None = None) -> Iterator[
         yield source
         return
     images = any(entry.name.startswith("images") for entry in entries)
-    results = {scan_name(entry) + end for entry in entries for end in RESULTS}
+    names = {scan_name(entry) for entry in entries}
     for entry in entries:
         found = Source(entry, source.shown / entry.name, inside)
         if suffix_of(entry):
-            if scan_name(entry) not in results:
+            result = RESULT.fullmatch(scan_name(entry))
+            if result is None or result[1] not in names:
                 yield found
         elif entry.is_dir() and not entry.is_symlink() and not (images and entry.name.startswith("labels")):
             yield from _below(found, inside / entry.name, apart)

@@ -1,6 +1,7 @@
 """NRRD, MHA, PNG and TIFF through SimpleITK, after the checks that it leaves out."""
 
 import os
+import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,12 +13,14 @@ from medseg_diff.scans.geometry import check_geometry
 from medseg_diff.scans.payload import COPY_AGAIN, Payload
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-HEADER_LIMIT = 1 << 20
+HEADER_LIMIT, FIELD_LIMIT = 1 << 20, 256
 PICTURES = (".png", ".tif", ".tiff")
 
 
 def read_itk(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Values "channels x y z" in the file's own type, affine in mm, warnings."""
+    if path.suffix.lower() == ".nrrd":
+        _check_lines(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -92,6 +95,15 @@ def _check_container(path: Path, size: int) -> None:
                 complete = left >= size or as_text
     if not complete:
         raise UserError(path, f"its voxels do not fill the {size} bytes that its header promises", COPY_AGAIN)
+
+
+def _check_lines(path: Path) -> None:
+    """Lines above the voxels are fields, comments or keys with values; others, and long ones, kill SimpleITK."""
+    with path.open("rb") as file:
+        while (line := file.readline(HEADER_LIMIT).strip()) and file.tell() <= HEADER_LIMIT:
+            found = re.match(rb"NRRD|#|[^:]+:=|[^:]+:", line)
+            if not found or (found[0][-1:] == b":" and len(line) > FIELD_LIMIT):
+                raise UserError(path, "its header is damaged: a line is no field, or too long for one", COPY_AGAIN)
 
 
 def _text_header(file: BinaryIO, separator: str) -> dict[str, str]:

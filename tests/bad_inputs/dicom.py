@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pydicom
-from dicom_series import SLICES, VALUES, make_series, slice_at
+from dicom_series import SLICES, TURN, VALUES, make_series, slice_at
 from pydicom.uid import generate_uid
 
 from bad_inputs.case import Case, Maker, Volume, call, files, refused, segment
@@ -82,7 +83,8 @@ def _check_hostile(folder: Path) -> None:
 
 
 HOSTILE_SERIES = _series(PatientName=HOSTILE, PatientID="Doe\n4711")
-SEEN = Volume(VALUES.astype(np.float32), np.eye(4))
+PLACE = nib.affines.from_matvec(TURN @ np.diag([0.7, 1.1, 2.5]), TURN @ [3, -20, 0])
+SEEN = Volume(VALUES.astype(np.float32), np.diag([-1, -1, 1, 1]) @ PLACE)
 
 CASES = [
     refused(
