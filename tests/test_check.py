@@ -109,13 +109,22 @@ def test_files_without_partner(root):
     (root / "imagesTr/notes.txt").write_text("not a scan")
     image, label = problems_of(root)
     assert (image.level, label.level) == ("error", "error")
-    assert (image.where, image.what) == (str(root / "imagesTr/stray.nii.gz"), "it is an image that no case lists")
-    assert (label.where, label.what) == (str(root / "labelsTr/lost.nii.gz"), "it is a label that no case lists")
+    assert (image.where, image.what) == (
+        str(root / "imagesTr/stray.nii.gz"),
+        "it is an image without label that no case lists",
+    )
+    assert (label.where, label.what) == (
+        str(root / "labelsTr/lost.nii.gz"),
+        "it is a label without image that no case lists",
+    )
 
 
 def test_a_case_without_label(root):
     edit(root, lambda d: d["training"][0].pop("label"))
-    assert {problem.what for problem in problems_of(root)} == {"it has no label", "it is a label that no case lists"}
+    assert {problem.what for problem in problems_of(root)} == {
+        "it has no label",
+        "it is a label without image that no case lists",
+    }
 
 
 def test_one_scan_under_two_names_also_when_compressed_anew(root):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -165,17 +166,30 @@ def twins(root: Path, digests: Mapping[str, str]) -> list[UserError]:
 
 
 def _unlisted(cases: Iterable[Case]) -> list[UserError]:
-    """Images without a label and labels without an image: files beside the listed ones that no case lists."""
+    """Images without a label and labels without an image, beside the listed files; a pair was left out on purpose."""
     images = {path for case in cases for path in case.images}
     labels = {path for case in cases for path in case.labels}
+    more_images, more_labels = (
+        {path for folder in {path.parent for path in listed} for path in visible(folder)} - images - labels
+        for listed in (images, labels)
+    )
     errors = []
-    for listed, noun, other in ((images, "an image", "label"), (labels, "a label", "image")):
-        beside = {path for folder in {path.parent for path in listed} for path in visible(folder)}
+    for found, others, noun, other in (
+        (more_images, more_labels, "an image", "label"),
+        (more_labels, more_images, "a label", "image"),
+    ):
+        partners = {_without_channel(path) for path in others}
         advice = f"List it in dataset.json with its {other}, or move it away."
         errors += [
-            UserError(path, f"it is {noun} that no case lists", advice) for path in sorted(beside - images - labels)
+            UserError(path, f"it is {noun} without {other} that no case lists", advice)
+            for path in sorted(found)
+            if _without_channel(path) not in partners
         ]
     return errors
+
+
+def _without_channel(path: Path) -> str:
+    return re.sub(r"_\d{4}$", "", scan_name(path))
 
 
 def _found_labels(cases: Iterable[Case]) -> dict[int, str]:
