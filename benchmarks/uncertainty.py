@@ -34,9 +34,9 @@ FEW = {"samples": 5, "cases": 8}
 
 ROWS = {
     "conditional": Row("ours"),
-    "unet": Row("our U-Net (Dice + cross-entropy)"),
-    "temperature": Row("the same, temperature scaling (5 folds of the cases)"),
-    "ensemble": Row(f"{MEMBERS} U-Nets, {MEMBERS} times the training"),
+    "unet": Row("our U-Net"),
+    "temperature": Row("U-Net, temperature"),
+    "ensemble": Row(f"{MEMBERS} U-Nets"),
     "mc_dropout": Row("MC dropout"),
     "ssn": Row("SSN, rank 10"),
     "nnunet_2d": Row("nnU-Net 2D"),
@@ -125,9 +125,10 @@ def page(found: dict[Run, dict[str, Any]], options: argparse.Namespace) -> str:
 
 Task04_Hippocampus, cases i with i % 5 != 0 to train on, the others to judge; `configs/{options.config}.yaml` and one
 protocol for all: the same crops, augmentation, optimizer and course of the learning rate, {options.minutes:g} CPU
-minutes of training on one thread. nnU-Net has its own of all that. What is learned of the cases that are judged: the
-temperature of the scaled U-Net, from the other four fifths of them. Values are means over labels, and over seeds where
-there are several.
+minutes of training on one thread. nnU-Net has its own of all that, and its masks are empty after so short a time.
+What is learned of the cases that are judged: the temperature of the scaled U-Net, from the other four fifths of them.
+Our U-Net learns by Dice and cross-entropy; an ensemble of {MEMBERS} has {MEMBERS} times the training. Values are means
+over labels, and over seeds where there are several.
 
 Probabilities, over all voxels: NLL; expected calibration error, of all voxels and within 3 voxels of the reference's
 borders; the share of wrong voxels at a confidence of .99 or more; the Dice that the probabilities let expect, which
@@ -220,12 +221,13 @@ network reads x_t, the first must be better than the second, and by how much is 
 
 
 def draw(found: dict[Run, dict[str, Any]], path: Path) -> None:
-    """Sharp and right is below and on the left."""
+    """Sharp and right is below and on the left. Methods whose masks are all empty are left out."""
     points = {
         ROWS[method].title: tuple([mean([r["measures"][m] for r in results])] for m in ("nll", "crps"))
         for method, results in by_method(found).items()
+        if mean([r["measures"]["dice"] for r in results])
     }
-    draw_lines([Panel("Uncertainty", "NLL of voxels", "CRPS of volumes, relative", points, log="y")], path)
+    draw_lines([Panel("Uncertainty", "NLL of voxels", "CRPS of volumes, relative", points)], path)
 
 
 if __name__ == "__main__":
