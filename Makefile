@@ -14,8 +14,8 @@ setup: $(STAMP) ## build .venv with the versions in constraints.txt; free when n
 demo: setup ## segment a real scan; then train, segment, evaluate and generate on a phantom, in minutes on a CPU
 	$(BIN)/medseg-diff demo
 
-test: lint ## lint, then every test
-	$(BIN)/pytest
+test: lint ## lint, then every test, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 fuzz: setup ## read damaged files of every kind for MINUTES=10; what is found is kept in fuzz-findings/
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz.run --minutes $(MINUTES)

@@ -34,6 +34,7 @@ def test_without_the_sample_the_demo_says_so_and_goes_on(
     assert "no real scan is segmented" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(900)  # five minutes on an idle machine
 @pytest.mark.slow
 def test_the_demo_ends_by_naming_what_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(demo, "SEGMENT_MINUTES", 0.02)

@@ -45,5 +45,5 @@ def test_a_handful_of_inputs_finds_nothing(tmp_path):
         capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("500 inputs")
+    assert int(done.stdout.split(" inputs")[0]) >= 500
     assert not list(tmp_path.iterdir())

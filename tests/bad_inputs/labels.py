@@ -75,6 +75,11 @@ def _unlabelled(root: Path) -> None:
     _edit(root, lambda training: training[1].pop("label"))
 
 
+def _imageless(root: Path) -> None:
+    (root / "imagesTr/phantom_001.nii.gz").unlink()
+    _edit(root, lambda training: training.pop(1))
+
+
 def _with_nine(array: np.ndarray) -> np.ndarray:
     array[0, 0, 0] = 9
     return array
@@ -148,8 +153,8 @@ CASES = [
     _refused(
         65,
         "a label without an image",
-        _description(lambda training: training.pop(1)),
-        "no case lists",
+        _set(_imageless),
+        "it is a label without image",
     ),
     _refused(
         65,
