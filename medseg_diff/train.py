@@ -74,7 +74,8 @@ def train(config: Config, folder: Path, device: torch.device, *, fresh: bool = F
         with _finishing(tracker), Interrupt() as interrupt, progress("training", 1.0) as advance:
             while not (_done(state, config) and state.validated_step == state.step):
                 spent = state.spent(budget)
-                if spent >= (state.validated + 1) / budget.validations or _done(state, config):
+                due = state.validated < budget.validations and spent >= (state.validated + 1) / budget.validations
+                if due or _done(state, config):
                     state.save(folder / "state.pt")
                     with interrupt.at_once():
                         found = _validate(state, config, dataset, tags, folder, validation, held_out, device)

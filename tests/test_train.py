@@ -148,6 +148,20 @@ def test_the_denoiser_begins_when_the_mean_head_no_longer_improves(data, tmp_pat
     assert describe(tmp_path / "best.safetensors")[0].trained == {"steps": 5}
 
 
+def test_a_step_longer_than_the_budget_ends_it(data, tmp_path, monkeypatch):
+    """Its time counts, whatever stage it leaves no time for."""
+    step = training.take_step
+
+    def slow(state, *rest):
+        state.elapsed_s += 300
+        return step(state, *rest)
+
+    monkeypatch.setattr(training, "take_step", slow)
+    config = settings(data, tmp_path, steps=6, max_minutes=1, validations=2)
+    assert train(config, tmp_path, CPU)["steps"] == 1
+    assert describe(tmp_path / "best.safetensors")[0].trained == {"steps": 1}
+
+
 def test_the_denoiser_learns_after_the_mean_head(data: Path, tmp_path: Path):
     """And alone: what was learned before rests, in the network and in the average, or goes back to a better one."""
     config = resolve(settings(data, tmp_path, steps=20), (), 1)

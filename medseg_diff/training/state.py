@@ -77,7 +77,7 @@ class State:
         length = MEAN_HEAD if config.network.kind == "conditional" else 1.0
         if self.denoising:
             length = 1 - max(MEAN_HEAD, begun)
-        return (self.spent(config.train) - begun) / length if length else 1.0
+        return (self.spent(config.train) - begun) / length if length > 0 else 1.0
 
     def impatient(self, budget: Train) -> bool:
         """Whether validations have not improved for too long."""
