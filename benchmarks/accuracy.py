@@ -81,7 +81,7 @@ def page(found: dict[Run, dict[str, Any]], options: argparse.Namespace, name: st
         lines.append(
             f"| {TITLES[method]} | {len(results)} | {steps:.0f} | "
             + " | ".join(numbers)
-            + f" | {hd95:.2f} | {seconds:.2f} |"
+            + f" | {'-' if np.isnan(hd95) else f'{hd95:.2f}'} | {seconds:.2f} |"
         )
     against = []
     for other in (method for method in methods if method != "conditional"):
