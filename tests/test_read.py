@@ -189,6 +189,12 @@ def test_damaged_nrrd_and_mha_are_refused(tmp_path, suffix):
     assert "do not fill" in refusal(write(tmp_path, f"longer.{suffix}", longer))
 
 
+def test_an_mha_of_too_many_dimensions_is_refused(tmp_path):
+    sitk.WriteImage(image(), tmp_path / "a.mha")
+    many = (tmp_path / "a.mha").read_bytes().replace(b"NDims = 3", b"NDims = 333", 1)
+    assert "it promises 333 dimensions" in refusal(write(tmp_path, "many.mha", many))
+
+
 def test_an_mhd_reads_no_file_from_elsewhere(tmp_path):
     path = tmp_path / "a.mhd"
     sitk.WriteImage(image(), path)

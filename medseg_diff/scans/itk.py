@@ -15,12 +15,15 @@ from medseg_diff.scans.payload import COPY_AGAIN, Payload
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 HEADER_LIMIT, FIELD_LIMIT = 1 << 20, 256
 PICTURES = (".png", ".tif", ".tiff")
+META_IMAGES = (".mha", ".mhd")
 
 
 def read_itk(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Values "channels x y z" in the file's own type, affine in mm, warnings."""
     if path.suffix.lower() == ".nrrd":
         _check_lines(path)
+    if path.suffix.lower() in META_IMAGES:
+        _check_dimensions(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -104,6 +107,14 @@ def _check_lines(path: Path) -> None:
             found = re.match(rb"NRRD|#|[^:]+:=|[^:]+:", line)
             if not found or (found[0][-1:] == b":" and len(line) > FIELD_LIMIT):
                 raise UserError(path, "its header is damaged: a line is no field, or too long for one", COPY_AGAIN)
+
+
+def _check_dimensions(path: Path) -> None:
+    """Many of them, as in NDims = 333, kill SimpleITK."""
+    with path.open("rb") as file:
+        count = _text_header(file, "=").get("ndims", "")
+    if count and count not in ("2", "3", "4"):
+        raise UserError(path, f"its header is damaged: it promises {count[:20]} dimensions", COPY_AGAIN)
 
 
 def _text_header(file: BinaryIO, separator: str) -> dict[str, str]:
