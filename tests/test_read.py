@@ -195,6 +195,12 @@ def test_an_mha_of_too_many_dimensions_is_refused(tmp_path):
     assert "it promises 333 dimensions" in refusal(write(tmp_path, "many.mha", many))
 
 
+def test_an_mha_without_voxels_is_refused(tmp_path):
+    sitk.WriteImage(image(), tmp_path / "a.mha")
+    none = (tmp_path / "a.mha").read_bytes().replace(b"4 5 6", b"4 5 0", 1)
+    assert "it holds no voxels" in refusal(write(tmp_path, "none.mha", none))
+
+
 def test_an_mhd_reads_no_file_from_elsewhere(tmp_path):
     path = tmp_path / "a.mhd"
     sitk.WriteImage(image(), path)

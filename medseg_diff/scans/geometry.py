@@ -27,6 +27,8 @@ def spacing_of(affine: Float[np.ndarray, "4 4"]) -> tuple[float, float, float]:
 
 def check_geometry(path: Path, affine: Float[np.ndarray, "4 4"], shape: tuple[int, ...]) -> list[str]:
     """Warnings about a scan's affine (in mm) and shape; UserError where no mask could be laid on it, or held."""
+    if min(shape) < 1:
+        raise UserError(path, "it holds no voxels: an axis has length 0", "Export the scan again.")
     if np.prod(shape, dtype=float) > VOXEL_LIMIT:
         size = " x ".join(map(str, shape))
         raise UserError(path, f"it claims {size} voxels, more than the {VOXEL_LIMIT} that are read", "Crop the scan.")
